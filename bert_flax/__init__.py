@@ -1,0 +1,1 @@
+"""Encoder pretraining and fine-tuning (BERT) on the shared core."""

@@ -1,0 +1,1 @@
+"""Corpora, exact order, record shards and host feeding: numpy only, no jax."""

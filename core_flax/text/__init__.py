@@ -1,0 +1,1 @@
+"""Tokenizers and sentence splitting: no jax."""

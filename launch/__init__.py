@@ -1,0 +1,1 @@
+"""Planning and launching runs on other machines: not here yet."""

@@ -1,0 +1,1 @@
+"""Causal language models: not here yet."""
