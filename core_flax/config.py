@@ -1,0 +1,173 @@
+"""The settings every family shares: frozen dataclasses, one place per knob, with unit and meaning.
+
+A family's own config is a frozen dataclass that holds these as fields beside its model and its data settings. The
+docstring under a field is its help text on the command line. Fields named in a class's ``FREE`` may differ when a run is
+resumed; all others define the run, and ``differences`` names those that would make it another run.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from core_flax.types import UserError
+
+CONFIG_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates. A field left at None takes the optimizer's published default."""
+
+    name: Literal["adamw", "lamb", "adafactor", "lion", "muon"] = "adamw"
+    """Update rule. muon: Muon for the hidden layers' matrices, AdamW for everything else."""
+    learning_rate: float = 1e-4
+    """Peak learning rate, reached when the warmup ends."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (times the learning rate); never applied to biases and norms."""
+    clip_norm: float | None = 1.0
+    """Clip gradients to this global L2 norm; None: no clipping."""
+    beta1: float | None = None
+    """Decay of the first moment (for muon: of its momentum). adafactor has none by default."""
+    beta2: float | None = None
+    """Decay of the second moment. lion: decay of the momentum."""
+    epsilon: float | None = None
+    """Term that keeps the denominator away from zero. lion has none."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run, as a share of optimizer.learning_rate."""
+
+    name: Literal["linear", "inverse_sqrt", "cosine", "wsd", "constant"] = "linear"
+    """Shape after the warmup. wsd: warmup, stable, then linear decay over the last decay_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warmup from zero."""
+    total_steps: int | None = None
+    """Steps over which the shape is laid out; None: train.num_steps."""
+    decay_steps: int | None = None
+    """wsd only: length of the final decay in steps; None: a tenth of total_steps."""
+    final_fraction: float = 0.0
+    """Learning rate at the end as a share of the peak (linear, cosine, wsd)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, on how much at a time, in what precision."""
+
+    num_steps: int = 1000
+    """Optimizer steps of the whole run (not: more steps)."""
+    batch_size: int = 256
+    """Examples per optimizer step, over all devices, hosts and microbatches together."""
+    num_microbatches: int = 1
+    """Portions in which a batch goes through the model, to save memory; changes no result."""
+    eval_every_steps: int = 1000
+    """Steps between evaluations on held-out data; 0: only at the end."""
+    eval_batches: int = 0
+    """Batches per evaluation; 0: all of the held-out data."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters, optimizer
+    state, softmax, norms and losses are float32 always."""
+
+    FREE: ClassVar = frozenset({"num_steps", "num_microbatches", "eval_every_steps", "eval_batches"})
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many ways the devices are split; the product must be the number of devices."""
+
+    data: int = -1
+    """Ways the batch is split, parameters whole on each; -1: all the devices that the other axes leave."""
+    fsdp: int = 1
+    """Ways the batch and also parameters and optimizer state are split."""
+    tensor: int = 1
+    """Ways heads, feed-forward and vocabulary are split."""
+
+    FREE: ClassVar = frozenset({"data", "fsdp", "tensor"})
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which stay. The last step, a signal and an error of the loop save as well."""
+
+    every_steps: int = 1000
+    """Steps between checkpoints; 0: none by steps."""
+    every_minutes: float = 10.0
+    """Minutes between checkpoints, whichever comes first; 0: none by time."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_best: int = 1
+    """Checkpoints with the best held-out loss that stay besides; 0: none."""
+
+    FREE: ClassVar = frozenset({"every_steps", "every_minutes", "keep_last", "keep_best"})
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is printed and written while training."""
+
+    every_steps: int = 10
+    """Steps between progress figures (averages over those steps)."""
+    tensorboard: bool = True
+    """Write TensorBoard files under WORKDIR/tensorboard, if the package tensorboard is installed."""
+
+    FREE: ClassVar = frozenset({"every_steps", "tensorboard"})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """The inverse of to_dict. Raises UserError on a field that ``cls`` does not have; absent fields take defaults."""
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise UserError(f"unknown setting {where}{name}" + (f"; did you mean {where}{near[0]}?" if near else ""))
+    inner = {
+        name: from_dict(hints[name], value, f"{where}{name}.") if dataclasses.is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }
+    return cls(**inner)
+
+
+def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
+    """Write config.json atomically: format version, kind of run, settings, and what else identifies the run."""
+    text = json.dumps({"format": CONFIG_FORMAT, "kind": kind, "config": to_dict(config), **extra}, indent=2)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def load(path: Path, kind: str) -> dict[str, Any]:
+    """Read what ``save`` wrote. Raises UserError if it is missing, of another kind or of a newer format."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no run: {path.name} is missing; give the --workdir of a training run")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or start in a new workdir") from error
+    if stored.get("kind") != kind:
+        raise UserError(f"{path} describes a run of kind {stored.get('kind')!r}, not {kind!r}")
+    if stored.get("format") != CONFIG_FORMAT:
+        raise UserError(f"{path} has format {stored.get('format')}; this version reads format {CONFIG_FORMAT}")
+    return stored
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Lines ``field: old -> new`` for every setting that differs and is not free to differ on resume."""
+    lines = []
+    free = getattr(type(new), "FREE", frozenset())
+    for field in dataclasses.fields(new):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(after):
+            lines += differences(before, after, f"{where}{field.name}.")
+        elif before != after and field.name not in free:
+            lines.append(f"{where}{field.name}: {before} -> {after}")
+    return lines
