@@ -1,0 +1,245 @@
+"""BERT as published (Devlin et al. 2018, arXiv 1810.04805): encoder, pooler, and the two pretraining heads."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from core_flax import sharding
+from core_flax.attention import MultiHeadAttention, padding_mask
+from core_flax.layers import Dropout, FeedForward, Linear, Norm
+from core_flax.types import Array, UserError
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The architecture: BERT's with these sizes."""
+
+    vocab_size: int = 30522
+    """Entries of the token embedding. Left at the preset's, it becomes the size of the data's vocabulary; a larger one
+    pads the table."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    width: int = 768
+    """Width of the hidden states."""
+    num_heads: int = 12
+    """Attention heads per block; must divide width."""
+    mlp_width: int = 3072
+    """Width of the feed-forward layer."""
+    max_length: int = 512
+    """Positions the model can take: rows of the position embedding."""
+    num_segments: int = 2
+    """Segments (sentence A, sentence B): rows of the segment embedding."""
+    dropout: float = 0.1
+    """Share dropped from the embeddings and from the output of every sublayer."""
+    attention_dropout: float = 0.1
+    """Share dropped from attention probabilities."""
+    init_stddev: float = 0.02
+    """Standard deviation of the truncated normal that kernels and embeddings start from."""
+    norm_epsilon: float = 1e-12
+    """Term added to the variance in layer normalisation."""
+    remat: Literal["none", "block"] = "none"
+    """What the backward pass computes again rather than keep in memory: nothing, or each block from its input."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise UserError(f"--model.num-heads {self.num_heads} does not divide --model.width {self.width}")
+        for name in ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_length", "num_segments"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
+
+    @property
+    def kernel_init(self) -> nn.initializers.Initializer:
+        """Truncated normal, cut at two standard deviations, as in the released code."""
+        return nn.initializers.truncated_normal(self.init_stddev)
+
+
+class Embedding(nn.Module):
+    """A table [num_entries, width] that is looked up, and that may serve as the output layer as well."""
+
+    num_entries: int
+    width: int
+    embedding_init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the table."""
+        self.embedding = self.param("embedding", self.embedding_init, (self.num_entries, self.width))
+
+    def __call__(self, ids: Array) -> Array:
+        """Rows [..., D] of the table for ids [...]."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def logits(self, x: Array) -> Array:
+        """Scores [..., V] of every entry for x [..., D] (tied weights: Press and Wolf 2017, arXiv 1608.05859)."""
+        return jnp.einsum("...D,VD->...V", x.astype(self.dtype), self.embedding.astype(self.dtype))
+
+
+class BertEmbeddings(nn.Module):
+    """Sum of token, position and segment embeddings, normalised (section 3, figure 2)."""
+
+    config: BertConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the three tables."""
+        config = self.config
+        table = partial(Embedding, width=config.width, embedding_init=config.kernel_init, dtype=self.dtype)
+        self.token = table(config.vocab_size)
+        self.position = table(config.max_length)
+        self.segment = table(config.num_segments)
+        self.norm = Norm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype)
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(
+        self, tokens_BL: Array, segments_BL: Array, *, row_B: Array | None = None, deterministic: bool = True
+    ) -> Array:
+        """Returns [B, L, D]."""
+        length = tokens_BL.shape[1]
+        assert length <= self.config.max_length, f"length {length} exceeds max_length {self.config.max_length}"
+        x_BLD = self.token(tokens_BL) + self.position(jnp.arange(length)) + self.segment(segments_BL)
+        x_BLD = self.dropout(self.norm(x_BLD), row_B=row_B, deterministic=deterministic)
+        return sharding.constrain(x_BLD, "batch", "length", "width")
+
+
+class BertBlock(nn.Module):
+    """One post-norm Transformer block: norm after each residual addition."""
+
+    config: BertConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, mask_BHLM: Array | None, row_B: Array | None, deterministic: bool):
+        """Maps hidden states [B, L, D] to ([B, L, D], None): a carry and no output, as nn.scan wants it."""
+        config = self.config
+        norm = partial(Norm, epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype)
+        dropout = partial(Dropout(config.dropout), row_B=row_B, deterministic=deterministic)
+
+        attention = MultiHeadAttention(
+            config.num_heads, config.attention_dropout, config.kernel_init, self.dtype, name="attention"
+        )
+        mixed_BLD = attention(x_BLD, x_BLD, mask_BHLM, row_B=row_B, deterministic=deterministic)
+        x_BLD = norm(name="attention_norm")(x_BLD + dropout(mixed_BLD))
+
+        mlp = FeedForward(
+            config.mlp_width, partial(jax.nn.gelu, approximate=False), config.kernel_init, self.dtype, name="mlp"
+        )
+        x_BLD = norm(name="mlp_norm")(x_BLD + dropout(mlp(x_BLD)))
+        return sharding.constrain(x_BLD, "batch", "length", "width"), None
+
+
+class BertEncoder(nn.Module):
+    """Embeddings, N blocks (scanned, their parameters stacked) and the pooler.
+
+    Attributes:
+      config: the architecture.
+      dtype: type of the computation; parameters are float32.
+    """
+
+    config: BertConfig = BertConfig()
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        config = self.config
+        self.embeddings = BertEmbeddings(config, self.dtype)
+        block = BertBlock if config.remat == "none" else nn.remat(BertBlock, static_argnums=(4,), prevent_cse=False)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+        )(config, self.dtype)
+        self.pooler = Linear((config.width,), kernel_init=config.kernel_init, dtype=self.dtype)
+
+    def __call__(
+        self,
+        tokens_BL: Array,
+        segments_BL: Array | None = None,
+        valid_BL: Array | None = None,
+        *,
+        row_B: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array]:
+        """Encodes sequences.
+
+        Args:
+          tokens_BL: token ids.
+          segments_BL: segment ids; None: all of segment 0.
+          valid_BL: True at real tokens, which alone are attended to; None: all are real.
+          row_B: the example's number in the global batch, for dropout; None: 0, 1, 2 ...
+          deterministic: False applies dropout and needs the rng "dropout".
+
+        Returns:
+          (hidden states [B, L, D], pooled first position [B, D]).
+        """
+        segments_BL = jnp.zeros_like(tokens_BL) if segments_BL is None else segments_BL
+        mask = None if valid_BL is None else padding_mask(valid_BL)
+        x_BLD = self.embeddings(tokens_BL, segments_BL, row_B=row_B, deterministic=deterministic)
+        x_BLD, _ = self.layers(x_BLD, mask, row_B, deterministic)
+        return x_BLD, jnp.tanh(self.pooler(x_BLD[:, 0]))
+
+
+class MaskedLanguageHead(nn.Module):
+    """Scores of the vocabulary at given positions: transform, then the token embedding as output layer, with bias."""
+
+    config: BertConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BPD: Array, table: Embedding) -> Array:
+        """Maps hidden states [B, P, D] to logits [B, P, V]."""
+        config = self.config
+        x_BPD = Linear((config.width,), kernel_init=config.kernel_init, dtype=self.dtype, name="transform")(x_BPD)
+        x_BPD = jax.nn.gelu(x_BPD, approximate=False)
+        x_BPD = Norm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype, name="norm")(x_BPD)
+        logits_BPV = table.logits(x_BPD) + self.param("bias", nn.initializers.zeros, (config.vocab_size,))
+        return sharding.constrain(logits_BPV, "batch", "length", "vocab_logits")
+
+
+class BertForPreTraining(nn.Module):
+    """BERT with masked-language and next-sentence heads (section 3.1)."""
+
+    config: BertConfig = BertConfig()
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        config = self.config
+        self.encoder = BertEncoder(config, self.dtype)
+        self.masked_language = MaskedLanguageHead(config, self.dtype)
+        self.next_sentence = Linear((2,), kernel_init=config.kernel_init, dtype=self.dtype)
+
+    def __call__(
+        self,
+        tokens_BL: Array,
+        segments_BL: Array,
+        valid_BL: Array,
+        positions_BP: Array,
+        *,
+        row_B: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, Array]:
+        """Predicts the tokens at the given positions and whether segment B follows segment A.
+
+        Args:
+          tokens_BL: token ids, some of them masked.
+          segments_BL: 0 for segment A, 1 for segment B.
+          valid_BL: True at real tokens.
+          positions_BP: which positions to predict; only these go through the vocabulary projection.
+          row_B: as in BertEncoder.
+          deterministic: as in BertEncoder.
+
+        Returns:
+          (logits [B, P, V], logits [B, 2] for "B follows A" and "B is random").
+        """
+        x_BLD, pooled_BD = self.encoder(tokens_BL, segments_BL, valid_BL, row_B=row_B, deterministic=deterministic)
+        x_BPD = jnp.take_along_axis(x_BLD, positions_BP[..., None], axis=1)
+        return self.masked_language(x_BPD, self.encoder.embeddings.token), self.next_sentence(pooled_BD)

@@ -1,0 +1,119 @@
+"""Leaves that every architecture shares: linear map, norm, dropout, feed-forward."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from core_flax import sharding
+from core_flax.types import Array
+
+Norm = nn.LayerNorm
+"""Layer normalisation (Ba et al. 2016, arXiv 1607.06450); Flax computes its statistics in float32 whatever the dtype."""
+
+
+class Linear(nn.Module):
+    """A linear map over the last ``num_inputs`` dims to ``features``, with bias.
+
+    The kernel keeps the shape of what it maps ([D, H, K], [H, K, D], [D, F]), so that heads can be sharded, yet is
+    initialised and multiplied as the matrix it stands for.
+
+    Attributes:
+      features: dims of the output, e.g. (H, K).
+      num_inputs: how many trailing dims of the input are mapped.
+    """
+
+    features: tuple[int, ...]
+    num_inputs: int = 1
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., *inputs] to [..., *features]."""
+        inputs = x.shape[-self.num_inputs :]
+        matrix_shape = (math.prod(inputs), math.prod(self.features))
+        kernel = self.param(
+            "kernel", lambda key: self.kernel_init(key, matrix_shape, jnp.float32).reshape(*inputs, *self.features)
+        )
+        dims = tuple(range(x.ndim - self.num_inputs, x.ndim))
+        contract = (dims, tuple(range(self.num_inputs)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
+        return y
+
+
+def row_bits(key: Array, row_B: Array, shape: tuple[int, ...]) -> Array:
+    """Random bits [B, *shape], uint32, that depend on the key, on each row's number and on the place in the row alone.
+
+    So an example gets the same bits in whatever microbatch or on whatever device it is computed, which no generator
+    that hands out bits by position in the array can do; and being a few integer operations on counters, the bits are
+    recomputed in the backward pass rather than stored. Each element is hashed with C. Wellons' ``lowbias32`` finaliser
+    (Hash Prospector, 2018), entered with an offset and an odd multiplier of its row's own. Good enough for dropout; not
+    for anything that needs long streams.
+    """
+
+    def mix(x: Array) -> Array:
+        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+        return x ^ (x >> 16)
+
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    expand = (..., *(None,) * len(shape))
+    offset_B = mix(row_B.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + words[0])
+    multiplier_B = mix(offset_B ^ words[1]) | jnp.uint32(1)
+    place = jnp.zeros((), jnp.uint32)
+    for dim, stride in enumerate(math.prod(shape[dim + 1 :]) for dim in range(len(shape))):
+        place += jax.lax.broadcasted_iota(jnp.uint32, (1, *shape), dim + 1) * jnp.uint32(stride)
+    return mix(place * multiplier_B[expand] + offset_B[expand])
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) drawn per example, so that splitting a batch does not change it.
+
+    Uses the rng stream "dropout". Attributes: rate, the share of elements that becomes zero.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
+        """Drops elements of x, [B, ...], and scales the others by 1 / (1 - rate).
+
+        Args:
+          x: any array whose first dim is the example.
+          row_B: the example's number in the global batch; None: 0, 1, 2 ...
+          deterministic: True to return x as it is.
+        """
+        if deterministic or self.rate == 0.0:
+            return x
+        if row_B is None:
+            row_B = jnp.arange(x.shape[0])
+        bits = row_bits(self.make_rng("dropout"), row_B, x.shape[1:])
+        keep = bits >= jnp.uint32(round(self.rate * 2**32))
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3).
+
+    Attributes:
+      width: F, of the hidden layer.
+      activation: its nonlinearity.
+    """
+
+    width: int
+    activation: Callable[[Array], Array]
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        """Maps [B, L, D] to [B, L, D]."""
+        hidden_BLF = Linear((self.width,), kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x_BLD)
+        hidden_BLF = sharding.constrain(self.activation(hidden_BLF), "batch", "length", "mlp")
+        return Linear((x_BLD.shape[-1],), kernel_init=self.kernel_init, dtype=self.dtype, name="down")(hidden_BLF)

@@ -1,0 +1,179 @@
+"""Placement: logical axes -> mesh axes. The only file that speaks of PartitionSpec.
+
+Parameters are placed by the family's table (params.ParamRule), activations by ``constrain``; both name logical axes,
+and the table below says over which axes of the mesh each is split. Modules thus carry no placement and work unchanged in
+a program without a mesh, or with a mesh of other axes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from core_flax.config import MeshConfig
+from core_flax.params import ParamRule, leaves, map_rules
+from core_flax.types import Array, Params, UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+PLACEMENT: Mapping[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "width": (),
+    # parameters (and the activations that are their outputs)
+    "layer": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "head_width": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor", "fsdp"),
+    "vocab_logits": ("tensor",),
+    # An embedding table's width has a name of its own: over fsdp like other widths, XLA falls back on involuntary full
+    # rematerialisation; with the vocabulary sharded alone it does not.
+    "table_width": (),
+    "small": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over all devices.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: getattr(config, name) for name in MESH_AXES}
+    for name, size in sizes.items():
+        if size < 1 and not (name == "data" and size == -1):
+            raise UserError(f"--mesh.{name} {size}: an axis of the mesh needs a size of 1 or more")
+    if sizes["data"] == -1:
+        sizes["data"] = max(1, len(devices) // (sizes["fsdp"] * sizes["tensor"]))
+    if math.prod(sizes.values()) != len(devices):
+        shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise UserError(
+            f"mesh {shape} has {math.prod(sizes.values())} places for {len(devices)} devices; "
+            "choose --mesh.data, --mesh.fsdp and --mesh.tensor so that their product is the number of devices"
+        )
+    # Auto: shardings of intermediate values are XLA's to choose (jax.make_mesh defaults to Explicit axes).
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def spec(names: tuple[str, ...]) -> PartitionSpec:
+    """The placement of an array whose dims have these logical axes.
+
+    Raises:
+      ValueError: an unknown logical axis, or two dims over the same axis of the mesh.
+    """
+    unknown = [name for name in names if name not in PLACEMENT]
+    if unknown:
+        raise ValueError(f"unknown logical axis {unknown[0]!r}; sharding.PLACEMENT knows {', '.join(PLACEMENT)}")
+    used = [axis for name in names for axis in PLACEMENT[name]]
+    if len(used) != len(set(used)):
+        raise ValueError(f"two dims of one array over the same mesh axis: {names} -> {used}")
+    return PartitionSpec(*(PLACEMENT[name] or None for name in names))
+
+
+def constrain(x: Array, *names: str) -> Array:
+    """Ask XLA to place an activation by its logical axes. Without a mesh in context (jax.set_mesh) returns x as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def param_shardings(
+    params: Params, rules: tuple[ParamRule, ...], mesh: Mesh, axis_fields: Mapping[str, str] | None = None
+) -> Any:
+    """The NamedSharding of every parameter.
+
+    Args:
+      params: arrays or shapes.
+      rules: the family's table; every parameter must match exactly one line.
+      mesh: from ``make_mesh``.
+      axis_fields: logical axis -> config field, for the message about a size that does not divide.
+
+    Raises:
+      UserError: a dim that its mesh axes do not divide.
+    """
+    fields = axis_fields or {}
+
+    def place(path: str, leaf: Array, rule: ParamRule) -> NamedSharding:
+        for size, name in zip(leaf.shape, rule.names, strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in PLACEMENT[name])
+            if size % ways:
+                axes = " x ".join(f"--mesh.{axis} {mesh.shape[axis]}" for axis in PLACEMENT[name])
+                raise UserError(
+                    f"{fields.get(name, path)} = {size} cannot be split {ways} ways ({axes}): "
+                    f"choose a multiple of {ways} ({-(-size // ways) * ways} is the next) or another mesh"
+                )
+        return NamedSharding(mesh, spec(rule.names))
+
+    return map_rules(place, params, rules)
+
+
+def state_shardings(abstract_state: Any, params_shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for a whole train state: optimizer arrays that mirror a parameter are placed like it.
+
+    An array of the state belongs to the parameter whose path ends its own path and whose shape it has; whatever else
+    there is (counters, factored moments) is replicated.
+    """
+    by_path = dict(leaves(params_shardings))
+
+    def place(keys: tuple[Any, ...], leaf: Array) -> NamedSharding:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        for name, sharding in by_path.items():
+            if (path == name or path.endswith("/" + name)) and len(sharding.spec) == len(leaf.shape):
+                return sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How every array of a batch is placed: its first dim over data and fsdp."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
+    """Raises UserError unless every microbatch divides over the devices that share it."""
+    ways = math.prod(mesh.shape[axis] for axis in PLACEMENT["batch"])
+    if num_microbatches < 1 or batch_size % num_microbatches or (batch_size // num_microbatches) % ways:
+        step = ways * max(1, num_microbatches)
+        raise UserError(
+            f"--train.batch-size {batch_size} does not divide by {num_microbatches} microbatches x {ways} devices: "
+            f"choose a multiple of {step}, such as {max(step, round(batch_size / step) * step)}"
+        )
+
+
+def host_rows(batch_size: int, mesh: Mesh) -> range:
+    """The rows of the global batch that this host's devices need. They must be contiguous."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
+    assert rows[-1] - rows[0] + 1 == len(rows), "this host's devices hold rows that are not contiguous"
+    return range(int(rows[0]), int(rows[-1]) + 1)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """A global batch on the devices from this host's rows of it."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
+        for name, array in batch.items()
+    }
+
+
+def table(params: Params, rules: tuple[ParamRule, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    """(path, shape, placement) of every parameter, to print or to pin in a golden file."""
+    placements = map_rules(lambda path, leaf, rule: str(spec(rule.names)), params, rules)
+    return [(path, tuple(leaf.shape), str(dict(leaves(placements))[path])) for path, leaf in leaves(params)]

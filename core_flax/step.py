@@ -1,0 +1,104 @@
+"""One optimizer step, exact whatever the microbatches: sums first, divide once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from core_flax.params import leaves
+from core_flax.state import TrainState
+from core_flax.task import MetricSums, Task
+from core_flax.types import Array, Batch, Params
+
+Metrics = dict[str, Any]
+"""What a step reports, as device arrays: loss terms, metrics, norms and what is needed to tell where a NaN arose."""
+
+
+def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
+    """[B, ...] -> [n, B/n, ...], microbatch i holding rows i, i + n, i + 2n ...
+
+    Strided, because a batch sharded over devices by contiguous rows then stays where it is: each device keeps its rows,
+    divided among the microbatches. ``reshape(n, B // n)`` would put whole microbatches on few devices and move rows.
+    """
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def gradients(
+    task: Task, params: Params, batch: Batch, key: Array | None, num_microbatches: int
+) -> tuple[Params, dict[str, Array], MetricSums]:
+    """Gradients of the sum of all loss terms, each divided by its weight over the whole batch.
+
+    Returns:
+      (gradients, loss terms, metric sums).
+    """
+    batch = dict(batch) | {"row": jnp.arange(len(jax.tree.leaves(batch)[0]))}
+    # From data alone and over the whole batch, before it is cut: a mean of means would weigh microbatches wrongly.
+    weights = {name: jnp.where(weight == 0, 1, weight) for name, weight in task.loss_weights(batch).items()}
+
+    def loss(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], MetricSums]]:
+        loss_sums, metric_sums = task.loss_sums(params, part, key)
+        terms = {name: loss_sums[name] / weights[name] for name in weights}
+        return sum(terms.values(), start=jnp.zeros(())), (terms, metric_sums)
+
+    def one(part: Batch) -> tuple[Params, dict[str, Array], MetricSums]:
+        grads, (terms, metric_sums) = jax.grad(loss, has_aux=True)(params, part)
+        return grads, terms, metric_sums
+
+    if num_microbatches == 1:
+        return one(batch)
+    parts = split_microbatches(batch, num_microbatches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts)))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)
+    return total
+
+
+def divide(metric_sums: MetricSums) -> dict[str, Array]:
+    """Sum over weight of every metric; 0 where nothing had weight."""
+    return {name: total / jnp.where(weight == 0, 1, weight) for name, (total, weight) in metric_sums.items()}
+
+
+def make_train_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    num_microbatches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step to jit: (state, global batch) -> (next state, metrics). Donate the state.
+
+    Randomness is fold_in(key(seed), step): no key is stored, and a resumed run draws what the uninterrupted one drew.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, terms, metric_sums = gradients(task, state.params, batch, key, num_microbatches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # One number per array: what is not finite shows in its sum of squares, and its square root is the norm.
+        squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)])
+        metrics = {
+            "loss": sum(terms.values(), start=jnp.zeros(())),
+            **{f"{name}_loss": term for name, term in terms.items() if len(terms) > 1},
+            **divide(metric_sums),
+            "gradient_norm": jnp.sqrt(jnp.sum(squares)),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "update_norm": optax.global_norm(updates),
+            "gradient_squares": squares,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def first_bad_parameter(params: Params, squares: Any) -> str | None:
+    """Path of the first parameter whose gradient is not finite, given metrics["gradient_squares"]."""
+    for (path, _), square in zip(leaves(params), squares, strict=True):
+        if not jnp.isfinite(square):
+            return path
+    return None

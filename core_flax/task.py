@@ -1,0 +1,56 @@
+"""What the training loop needs to know about one workload: a frozen dataclass of pure functions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from core_flax.params import ParamRule
+from core_flax.types import Array, Batch, Params, Sums
+
+MetricSums = Mapping[str, tuple[Array, Array]]
+"""Metric name -> (sum, sum of its weights): add over batches, then divide."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One measurement on held-out data.
+
+    Attributes:
+      batches: () -> finite iterator over batches of one shape, in which every example has weight exactly once (a last,
+        ragged batch is filled up with rows of weight zero).
+      metric_sums: (params, batch) -> sums; jitted by the caller.
+      objective: the metric that is to become small; checkpoints are ranked by it.
+    """
+
+    batches: Callable[[], Iterator[Batch]]
+    metric_sums: Callable[[Params, Batch], MetricSums]
+    objective: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One workload.
+
+    Attributes:
+      init: key -> params.
+      loss_weights: batch -> the denominator of each loss term, from the data alone.
+      loss_sums: (params, batch, key or None) -> (sum of each loss term, metric sums); the key is for dropout, None for
+        none. The batch has the field "row", each example's number in the global batch, for ``layers.Dropout``.
+      batches: (start_step, rows) -> endless iterator over the batches from that step on, of which only the given rows
+        of the global batch are wanted on this host. A pure function of the step.
+      param_rules: how each parameter is named, sharded and optimised.
+      axis_fields: logical axis -> the config field that sets its size, for messages.
+      evaluators: by name; the first one's objective ranks checkpoints.
+      flops_per_step: floating point operations of the model in one training step, forward and backward, as the
+        matrix products of the architecture need them (no recomputation counted).
+      tokens_per_step: positions of the batch, padding included.
+    """
+
+    init: Callable[[Array], Params]
+    loss_weights: Callable[[Batch], Sums]
+    loss_sums: Callable[[Params, Batch, Array | None], tuple[Sums, MetricSums]]
+    batches: Callable[[int, range], Iterator[Batch]]
+    param_rules: tuple[ParamRule, ...]
+    axis_fields: Mapping[str, str] = field(default_factory=dict)
+    evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
+    flops_per_step: float = 0.0
+    tokens_per_step: int = 0
