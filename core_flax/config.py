@@ -25,17 +25,20 @@ class OptimizerConfig:
     name: Literal["adamw", "lamb", "adafactor", "lion", "muon"] = "adamw"
     """Update rule. muon: Muon for the hidden layers' matrices, AdamW for everything else."""
     learning_rate: float = 1e-4
-    """Peak learning rate, reached when the warmup ends."""
+    """Peak learning rate, reached when the warmup ends; for adafactor a share of each parameter's own RMS."""
     weight_decay: float = 0.01
-    """Decoupled weight decay (times the learning rate); never applied to biases and norms."""
+    """Decoupled weight decay (times the learning rate); never applied to biases and norms. 0: none."""
     clip_norm: float | None = 1.0
-    """Clip gradients to this global L2 norm; None: no clipping."""
+    """Clip gradients to this L2 norm over all parameters together; None: no clipping."""
     beta1: float | None = None
-    """Decay of the first moment (for muon: of its momentum). adafactor has none by default."""
+    """Decay of the first moment; muon: of its momentum (its AdamW part keeps 0.9). None: 0.9; muon 0.95; adafactor no
+    first moment."""
     beta2: float | None = None
-    """Decay of the second moment. lion: decay of the momentum."""
+    """Decay of the second moment; lion: of the momentum; adafactor has a schedule of its own instead. None: 0.999; lion
+    0.99."""
     epsilon: float | None = None
-    """Term that keeps the denominator away from zero. lion has none."""
+    """Term that keeps the denominator away from zero; adafactor: added to squared gradients; lion has none. None: 1e-8;
+    lamb 1e-6; adafactor 1e-30."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class ScheduleConfig:
     """The learning rate over the run, as a share of optimizer.learning_rate."""
 
     name: Literal["linear", "inverse_sqrt", "cosine", "wsd", "constant"] = "linear"
-    """Shape after the warmup. wsd: warmup, stable, then linear decay over the last decay_steps."""
+    """Shape after the warmup. wsd: stable at the peak, then linear decay over the last decay_steps; inverse_sqrt: falls
+    with the root of the step, from the end of the warmup."""
     warmup_steps: int = 0
-    """Steps of linear warmup from zero."""
+    """Steps of linear warmup; the first runs at peak / warmup_steps, the last at the peak. 0: none."""
     total_steps: int | None = None
-    """Steps over which the shape is laid out; None: train.num_steps."""
+    """Steps over which the shape is laid out (linear, cosine, wsd); None: train.num_steps. Set it for a run that may be
+    made longer later."""
     decay_steps: int | None = None
     """wsd only: length of the final decay in steps; None: a tenth of total_steps."""
     final_fraction: float = 0.0
