@@ -1,0 +1,20 @@
+"""What an optimizer step changes, and all that has to be saved to go on."""
+
+import flax.struct
+
+from core_flax.types import Array, Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training carries from step to step; a pytree.
+
+    There is no random key and no position in the data: both are functions of the step.
+    """
+
+    step: Array
+    """Optimizer steps taken: an int32 scalar."""
+    params: Params
+    """Nested dict of parameters, float32."""
+    opt_state: dict[str, Array]
+    """State of the optimizer: a dict by name of the stage (optax.named_chain)."""
