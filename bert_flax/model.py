@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from core_flax import sharding
 from core_flax.attention import MultiHeadAttention, padding_mask
-from core_flax.layers import Dropout, FeedForward, Linear, Norm
+from core_flax.layers import Dropout, FeedForward, Linear, Norm, Remat, remat
 from core_flax.types import Array, UserError
 
 
@@ -41,8 +40,9 @@ class BertConfig:
     """Standard deviation of the truncated normal that kernels and embeddings start from."""
     norm_epsilon: float = 1e-12
     """Term added to the variance in layer normalisation."""
-    remat: Literal["none", "block"] = "none"
-    """What the backward pass computes again rather than keep in memory: nothing, or each block from its input."""
+    remat: Remat = "elementwise"
+    """What the backward pass computes again rather than keep in memory: nothing, all but the matrix products, or each
+    block from its input."""
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -149,7 +149,7 @@ class BertEncoder(nn.Module):
         """Creates the submodules."""
         config = self.config
         self.embeddings = BertEmbeddings(config, self.dtype)
-        block = BertBlock if config.remat == "none" else nn.remat(BertBlock, static_argnums=(4,), prevent_cse=False)
+        block = remat(BertBlock, config.remat)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -243,3 +243,16 @@ class BertForPreTraining(nn.Module):
         x_BLD, pooled_BD = self.encoder(tokens_BL, segments_BL, valid_BL, row_B=row_B, deterministic=deterministic)
         x_BPD = jnp.take_along_axis(x_BLD, positions_BP[..., None], axis=1)
         return self.masked_language(x_BPD, self.encoder.embeddings.token), self.next_sentence(pooled_BD)
+
+
+def flops_per_example(config: BertConfig, length: int, num_predictions: int) -> float:
+    """Operations of one pretraining example, forward and backward: six for each weight that a position meets.
+
+    Counted are the matrix products alone, with attention over the whole length; look-ups, norms, the optimizer and
+    what remat computes again are not (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    """
+    width = config.width
+    weights = config.num_layers * (4 * width * width + 2 * width * config.mlp_width)
+    attention = config.num_layers * 2 * length * width
+    heads = num_predictions * (width * width + width * config.vocab_size) + width * width + 2 * width
+    return 6.0 * (length * (weights + attention) + heads)

@@ -122,6 +122,20 @@ class LogConfig:
     FREE: ClassVar = frozenset({"every_steps", "tensorboard"})
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run has; a family's config adds its model and its inputs."""
+
+    seed: int = 0
+    """Seed of everything drawn: initial parameters, order of the data, masks, dropout."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested dicts of JSON values."""
     return dataclasses.asdict(config)

@@ -2,6 +2,9 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
+
 TERA = 1e12
 
 PEAKS: tuple[tuple[str, float], ...] = (
@@ -47,3 +50,10 @@ def peak_flops(device_kind: str) -> float | None:
         if re.search(pattern, device_kind):
             return peak * TERA
     return None
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The type of TrainConfig.compute_dtype: "auto" is bfloat16 where matrix units have it, float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)

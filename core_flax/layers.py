@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -117,3 +118,20 @@ class FeedForward(nn.Module):
         hidden_BLF = Linear((self.width,), kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x_BLD)
         hidden_BLF = sharding.constrain(self.activation(hidden_BLF), "batch", "length", "mlp")
         return Linear((x_BLD.shape[-1],), kernel_init=self.kernel_init, dtype=self.dtype, name="down")(hidden_BLF)
+
+
+Remat = Literal["none", "elementwise", "block"]
+
+
+def remat(block: type[nn.Module], policy: Remat) -> type[nn.Module]:
+    """A block class whose backward pass computes again what ``policy`` does not keep (Chen et al. 2016, 1604.06174).
+
+    Args:
+      block: module class with ``__call__(x, mask, row_B, deterministic)``, to be scanned.
+      policy: "none" keeps every intermediate value; "elementwise" keeps the matrix products and computes norms,
+        activations, softmax and dropout again, which is little work and much memory; "block" keeps each block's input.
+    """
+    if policy == "none":
+        return block
+    keep = jax.checkpoint_policies.dots_saveable if policy == "elementwise" else None
+    return nn.remat(block, policy=keep, prevent_cse=False, static_argnums=(4,))

@@ -1,0 +1,106 @@
+"""The pretraining task: masked tokens and next sentences, each loss divided by its own weight."""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from bert_flax.config import PretrainConfig
+from bert_flax.examples import Examples
+from bert_flax.model import BertForPreTraining, flops_per_example
+from bert_flax.sharding import AXIS_FIELDS, PARAM_RULES
+from core_flax.data.feed import prefetch
+from core_flax.hardware import compute_dtype
+from core_flax.losses import cross_entropy_sums
+from core_flax.task import Evaluator, MetricSums, Task
+from core_flax.types import Array, Batch, Params, Sums
+
+
+def make_task(config: PretrainConfig, train: Examples, held_out: Examples | None, unigram_V: np.ndarray) -> Task:
+    """The task of a run.
+
+    Args:
+      config: its settings.
+      train: examples to train on.
+      held_out: examples to evaluate on, if there are any.
+      unigram_V: how often each token occurs in the training text: the baseline that evaluation compares with.
+    """
+    model = BertForPreTraining(config.model, compute_dtype(config.train.compute_dtype))
+
+    def init(key: Array) -> Params:
+        ids = jnp.zeros((1, 8), jnp.int32)
+        return model.init(key, ids, ids, jnp.ones((1, 8), bool), ids[:, :2])["params"]
+
+    def loss_sums(params: Params, batch: Batch, key: Array | None) -> tuple[Sums, MetricSums]:
+        return pretraining_sums(model, params, batch, key)
+
+    def batches(start_step: int, rows: range) -> Iterator[Batch]:
+        return prefetch(
+            train.batch_maker(rows), start_step, config.train.num_steps, num_workers=config.inputs.num_workers
+        )
+
+    evaluators = {}
+    if held_out is not None:
+        log_unigram_V = np.log((unigram_V + 1) / (unigram_V + 1).sum()).astype(np.float32)
+        evaluators["held_out"] = Evaluator(
+            batches=lambda: held_out.eval_batches(config.train.batch_size, config.train.eval_batches),
+            metric_sums=lambda params, batch: held_out_sums(model, params, batch, log_unigram_V),
+            objective="mlm_loss",
+        )
+    examples = config.train.batch_size
+    return Task(
+        init=init,
+        loss_weights=loss_weights,
+        loss_sums=loss_sums,
+        batches=batches,
+        param_rules=PARAM_RULES,
+        axis_fields=AXIS_FIELDS,
+        evaluators=evaluators,
+        flops_per_step=examples * flops_per_example(config.model, config.inputs.length, config.inputs.max_predictions),
+        tokens_per_step=examples * config.inputs.length,
+    )
+
+
+def loss_weights(batch: Batch) -> Sums:
+    """Number of masked tokens and of sentence pairs."""
+    return {"mlm": jnp.sum(batch["masked_weights"]), "next_sentence": jnp.sum(batch["example_weights"])}
+
+
+def pretraining_sums(
+    model: BertForPreTraining, params: Params, batch: Batch, key: Array | None
+) -> tuple[Sums, MetricSums]:
+    """Sums of both losses, and the accuracies."""
+    mlm_BPV, next_BC = model.apply(
+        {"params": params},
+        batch["tokens"],
+        batch["segments"],
+        batch["valid"],
+        batch["masked_positions"],
+        row_B=batch.get("row"),
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+    )
+    mlm, mlm_correct = cross_entropy_sums(mlm_BPV, batch["masked_tokens"], batch["masked_weights"])
+    next_sentence, next_correct = cross_entropy_sums(next_BC, batch["next_is_random"], batch["example_weights"])
+    weights = loss_weights(batch)
+    return {"mlm": mlm, "next_sentence": next_sentence}, {
+        "mlm_accuracy": (mlm_correct, weights["mlm"]),
+        "next_sentence_accuracy": (next_correct, weights["next_sentence"]),
+    }
+
+
+def held_out_sums(model: BertForPreTraining, params: Params, batch: Batch, log_unigram_V: Array) -> MetricSums:
+    """Losses and accuracies without dropout, beside those of the unigram model for the same masked tokens."""
+    losses, metrics = pretraining_sums(model, params, batch, None)
+    weights = loss_weights(batch)
+    labels_BP, weights_BP = batch["masked_tokens"], batch["masked_weights"]
+    unigram = -jnp.sum(jnp.asarray(log_unigram_V)[labels_BP] * weights_BP)
+    most_frequent = jnp.sum((labels_BP == int(np.argmax(log_unigram_V))) * weights_BP)
+    return {
+        "mlm_loss": (losses["mlm"], weights["mlm"]),
+        "unigram_loss": (unigram, weights["mlm"]),
+        "mlm_accuracy": metrics["mlm_accuracy"],
+        "unigram_accuracy": (most_frequent, weights["mlm"]),
+        "next_sentence_loss": (losses["next_sentence"], weights["next_sentence"]),
+        "next_sentence_accuracy": metrics["next_sentence_accuracy"],
+    }

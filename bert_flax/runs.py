@@ -1,0 +1,196 @@
+"""A run's folder: the settings and the vocabulary it was started with, its data, its checkpoints."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from bert_flax.config import BertConfig, PretrainConfig
+from bert_flax.examples import Examples
+from bert_flax.model import BertForPreTraining
+from bert_flax.prepare import PrepareConfig, prepare
+from bert_flax.pretrain import make_task
+from core_flax import config as configs
+from core_flax.checkpoint import load_params
+from core_flax.data.records import PassageStore
+from core_flax.evaluate import make_evaluate
+from core_flax.loop import train
+from core_flax.sharding import make_mesh
+from core_flax.text.wordpiece import WordPiece
+from core_flax.types import Params, UserError
+
+KIND = "bert_flax.pretrain"
+CONFIG, VOCAB = "config.json", "vocab.txt"
+OWN_TEXT_VOCAB_SIZE = 4096
+"""Vocabulary of the text that Python ships, half a megabyte: more would be words that occur once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainCommand(PretrainConfig):
+    """Options of ``bert-flax pretrain``: where, on what, and every setting of the run."""
+
+    workdir: str
+    """Folder of the run: settings, checkpoints, metrics.jsonl. A run that is there already is resumed."""
+    data: str | None = None
+    """Folder made by bert-flax prepare; None: the text that Python ships, prepared under the workdir."""
+
+    @classmethod
+    def of(cls, config: PretrainConfig) -> "PretrainCommand":
+        """A preset as defaults; the workdir has none."""
+        return cls(**_fields(config), workdir=tyro.MISSING)
+
+    @property
+    def config(self) -> PretrainConfig:
+        """The settings alone."""
+        return PretrainConfig(**{name: getattr(self, name) for name in _fields(PretrainConfig())})
+
+
+def _fields(config: PretrainConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(PretrainConfig)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says of it."""
+
+    workdir: Path
+    config: PretrainConfig
+    vocabulary: WordPiece
+    data: Path
+
+    @classmethod
+    def load(cls, workdir: str) -> "Run":
+        """Raises UserError if the folder holds no pretraining run."""
+        folder = Path(workdir)
+        stored = configs.load(folder / CONFIG, KIND)
+        vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
+        if vocabulary.fingerprint != stored["tokenizer"]:
+            raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
+        return cls(folder, configs.from_dict(PretrainConfig, stored["config"]), vocabulary, Path(stored["data"]))
+
+    def params(self, step: int | None = None) -> tuple[Params, int]:
+        """(parameters, step) of a checkpoint, the newest if step is None."""
+        return load_params(self.workdir / "checkpoints", step)
+
+    def save(self) -> None:
+        """Write vocabulary and settings; config.json last, since it makes the folder a run."""
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.vocabulary.save(self.workdir / VOCAB)
+        configs.save(
+            self.workdir / CONFIG,
+            KIND,
+            self.config,
+            data=str(self.data),
+            tokenizer=self.vocabulary.fingerprint,
+            lowercase=self.vocabulary.lowercase,
+        )
+
+
+def num_parameters(model: BertConfig) -> int:
+    """Parameters of the model with its pretraining heads, without making any."""
+    ids = jax.ShapeDtypeStruct((1, 8), "int32")
+    shapes = jax.eval_shape(
+        BertForPreTraining(model).init, jax.random.key(0), ids, ids, jax.ShapeDtypeStruct((1, 8), bool), ids
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def pretrain(command: PretrainCommand, preset: PretrainConfig) -> None:
+    """Start the run, or resume it.
+
+    Raises:
+      UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
+    """
+    workdir = Path(command.workdir)
+    data = Path(command.data) if command.data else _own_text(workdir)
+    store = PassageStore(data, "train")
+    vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
+    config = _with_vocabulary(command.config, preset, vocabulary)
+    make_mesh(config.mesh)  # refuse what does not fit these devices before anything is written
+    run = Run(workdir, config, vocabulary, data.absolute())
+    if (workdir / CONFIG).exists():
+        _check_resumable(Run.load(command.workdir), run)
+    task = make_task(config, *_examples(run, store), store.unigram)
+    run.save()
+    train(task, config, workdir)
+
+
+def _own_text(workdir: Path) -> Path:
+    data = workdir / "data"
+    if not (data / "manifest.json").exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        prepare(
+            PrepareConfig(
+                input=("python:docs",), output=str(data), vocab_size=OWN_TEXT_VOCAB_SIZE, valid_fraction=0.05
+            )
+        )
+    return data
+
+
+def _with_vocabulary(config: PretrainConfig, preset: PretrainConfig, vocabulary: WordPiece) -> PretrainConfig:
+    """The settings with the vocabulary's size, unless another was asked for."""
+    size = config.model.vocab_size
+    if size == preset.model.vocab_size:
+        size = vocabulary.num_tokens
+    if size < vocabulary.num_tokens:
+        raise UserError(
+            f"--model.vocab-size {size} is smaller than the data's vocabulary of {vocabulary.num_tokens} tokens"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _check_resumable(old: Run, new: Run) -> None:
+    if old.vocabulary.fingerprint != new.vocabulary.fingerprint:
+        raise UserError(
+            f"data folder {new.data} was made with another tokenizer than the run in {old.workdir}; "
+            f"give the data it was started with ({old.data}) or another --workdir"
+        )
+    changed = configs.differences(old.config, new.config)
+    if changed:
+        raise UserError(
+            f"{old.workdir} holds a run with other settings, which these cannot continue: {'; '.join(changed)}; "
+            "give the same settings or another --workdir"
+        )
+
+
+def _examples(run: Run, store: PassageStore) -> tuple[Examples, Examples | None]:
+    config = run.config
+    if config.inputs.length > config.model.max_length:
+        raise UserError(
+            f"--inputs.length {config.inputs.length} exceeds --model.max-length {config.model.max_length}, "
+            "the positions that the model has"
+        )
+    arguments = (run.vocabulary, config.inputs, config.train.batch_size, config.seed)
+    held_out = "valid" in store.manifest.splits and store.manifest.splits["valid"].passages > 0
+    return (
+        Examples(store, *arguments),
+        Examples(PassageStore(run.data, "valid"), *arguments) if held_out else None,
+    )
+
+
+def evaluate(workdir: str, data: str | None, step: int | None) -> None:
+    """Print held-out losses and accuracies of a checkpoint, beside the unigram baseline."""
+    run = Run.load(workdir)
+    if data is not None:
+        run = dataclasses.replace(run, data=Path(data).absolute())
+    store = PassageStore(run.data, "train")
+    if store.manifest.fingerprint != run.vocabulary.fingerprint:
+        raise UserError(f"data folder {run.data} was made with another tokenizer than the run in {run.workdir}")
+    train_examples, held_out = _examples(run, store)
+    if held_out is None:
+        raise UserError(f"{run.data} holds out nothing: prepare it with --valid-fraction above 0")
+    task = make_task(run.config, train_examples, held_out, store.unigram)
+    params, step = run.params(step)
+    metrics = make_evaluate(task.evaluators["held_out"], make_mesh(run.config.mesh))(params)
+    print_held_out(metrics, step)
+
+
+def print_held_out(metrics: dict[str, float], step: int) -> None:
+    """The table at the end of a run."""
+    print(f"held out, step {step:<12}    loss   accuracy")
+    print(f"masked tokens            {metrics['mlm_loss']:8.4f}   {metrics['mlm_accuracy']:8.1%}")
+    print(f"  unigram baseline       {metrics['unigram_loss']:8.4f}   {metrics['unigram_accuracy']:8.1%}")
+    print(f"next sentence            {metrics['next_sentence_loss']:8.4f}   {metrics['next_sentence_accuracy']:8.1%}")

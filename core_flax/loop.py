@@ -1,0 +1,285 @@
+"""The training loop: every family's, one machine's or many's."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from core_flax import hardware, sharding
+from core_flax.checkpoint import Checkpoints
+from core_flax.config import CheckpointConfig, RunConfig
+from core_flax.evaluate import make_evaluate
+from core_flax.logs import MetricsFile, Progress, open_tensorboard
+from core_flax.optim import make_optimizer
+from core_flax.params import count
+from core_flax.schedule import make_schedule
+from core_flax.signals import Interrupted, StopFlag, stop_on_signal
+from core_flax.state import TrainState
+from core_flax.step import Metrics, first_bad_parameter, make_train_step
+from core_flax.task import Task
+from core_flax.types import Batch, UserError
+
+
+HIDDEN = ("gradient_norm", "update_norm", "learning_rate")
+"""Figures that are written to metrics.jsonl and TensorBoard but not shown in the progress line."""
+
+
+class NotFiniteError(UserError):
+    """A loss or gradient became NaN or infinite. No remedy is certain, but nothing good was overwritten."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled parts of a run, and where its arrays lie.
+
+    Attributes:
+      mesh: the devices.
+      init: key -> initial state, placed.
+      step: (state, batch) -> (state, metrics); the state passed in is given up.
+      abstract_state: shapes, types and placements of the state.
+    """
+
+    mesh: Mesh
+    init: Callable[[Any], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    abstract_state: TrainState
+
+
+def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None) -> Program:
+    """Everything that the mesh decides.
+
+    Raises:
+      UserError: settings that do not fit the devices or each other.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch_size(config.train.batch_size, config.train.num_microbatches, mesh)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule, task.param_rules)
+
+    def init(key: Any) -> TrainState:
+        params = task.init(key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = sharding.param_shardings(shapes.params, task.param_rules, mesh, task.axis_fields)
+    placed = sharding.state_shardings(shapes, params, mesh)
+    step = make_train_step(task, optimizer, schedule, config.seed, config.train.num_microbatches)
+    return Program(
+        mesh=mesh,
+        init=jax.jit(init, out_shardings=placed),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh))),
+        abstract_state=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed),
+    )
+
+
+def train(task: Task, config: RunConfig, workdir: Path) -> dict[str, float]:
+    """Trains to config.train.num_steps, from the newest checkpoint in workdir if there is one.
+
+    Returns:
+      The held-out metrics of the last step, by the task's first evaluator; empty where the task has none.
+
+    Raises:
+      UserError: settings that cannot be, a full disk, no good checkpoint left.
+      NotFiniteError: the loss or a gradient is no longer a finite number.
+      Interrupted: a signal came; the state is saved.
+    """
+    program = make_program(task, config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(program.mesh))
+        stop = stack.enter_context(stop_on_signal())
+        # Left last to first, after an error too: a checkpoint under way is completed before anything is reported.
+        saver = Saver(Checkpoints(workdir / "checkpoints", config.checkpoint), config.checkpoint)
+        stack.enter_context(contextlib.closing(saver.checkpoints))
+        restored = saver.checkpoints.restore_latest(program.abstract_state)
+        state, start = restored or (program.init(jax.random.key(config.seed)), 0)
+        recorder = stack.enter_context(contextlib.closing(Recorder(task, config, program, workdir, start)))
+        recorder.announce(state, start)
+        state = _steps(task, config, program, state, start, saver, recorder, stop)
+        held_out = recorder.evaluate(config.train.num_steps, state.params)
+        saver.save(state, held_out)
+        saver.checkpoints.wait()
+        recorder.summarize()
+        return held_out
+
+
+def _steps(
+    task: Task,
+    config: RunConfig,
+    program: Program,
+    state: TrainState,
+    start: int,
+    saver: "Saver",
+    recorder: "Recorder",
+    stop: StopFlag,
+) -> TrainState:
+    """Takes the steps from ``start`` on and returns the last state."""
+    batch_size, last = config.train.batch_size, config.train.num_steps
+    rows = sharding.host_rows(batch_size, program.mesh)
+    with contextlib.closing(task.batches(start, rows)) as batches:
+        for step in range(start + 1, last + 1):
+            began = time.perf_counter()
+            batch = sharding.place_batch(next(batches), batch_size, program.mesh)
+            wait = time.perf_counter() - began
+            state, metrics = program.step(state, batch)
+            recorder.record(step, metrics, wait)
+            held_out: Mapping[str, float] = {}
+            if _every(config.train.eval_every_steps, step) and step < last:
+                held_out = recorder.evaluate(step, state.params)
+            if stop or (saver.is_due(step, held_out) and step < last):
+                recorder.flush()  # a state is saved only when its step is known to be finite
+                with recorder.pause("saving"):
+                    saver.save(state, held_out)
+            if stop.signal is not None:
+                saver.checkpoints.wait()
+                raise Interrupted(f"{stop.signal.name}: step {step} is saved; run the same command to resume")
+    recorder.flush()
+    return state
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+class Saver:
+    """Decides when a checkpoint is due: by steps, by minutes, or because its held-out loss is the best seen."""
+
+    def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig) -> None:
+        self.checkpoints = checkpoints
+        self._config = config
+        self._last = time.monotonic()
+        self._best = math.inf
+
+    def is_due(self, step: int, held_out: Mapping[str, float]) -> bool:
+        """Whether the state of this step, with these held-out metrics if any were taken, is to be saved."""
+        minutes = (time.monotonic() - self._last) / 60
+        is_best = self._config.keep_best > 0 and bool(held_out) and held_out["loss"] < self._best
+        return is_best or _every(self._config.every_steps, step) or 0 < self._config.every_minutes <= minutes
+
+    def save(self, state: TrainState, held_out: Mapping[str, float]) -> None:
+        """Starts to save; returns when the state may be given up."""
+        if held_out:
+            self._best = min(self._best, held_out["loss"])
+        self.checkpoints.save(state, {"loss": held_out["loss"]} if held_out else None)
+        self._last = time.monotonic()
+
+
+class Recorder:
+    """Takes the metrics of each step, one step late, checks them, and tells people and files about them.
+
+    One step late, because reading a metric waits for its step: by then the device is busy with the next one.
+    """
+
+    def __init__(self, task: Task, config: RunConfig, program: Program, workdir: Path, start: int) -> None:
+        self._config = config
+        self._mesh = program.mesh
+        self._workdir = workdir
+        self._evaluators = {name: make_evaluate(each, program.mesh) for name, each in task.evaluators.items()}
+        self._objectives = {name: each.objective for name, each in task.evaluators.items()}
+        self._abstract_params = program.abstract_state.params
+        self._file = MetricsFile(workdir / "metrics.jsonl")
+        self._file.truncate_after(start)
+        self._board = open_tensorboard(workdir / "tensorboard", start) if config.log.tensorboard else None
+        self._progress = Progress(
+            total_steps=config.train.num_steps,
+            start_step=start,
+            examples_per_step=config.train.batch_size,
+            tokens_per_step=task.tokens_per_step,
+            flops_per_step=task.flops_per_step,
+            peak_flops=_peak_flops(program.mesh),
+        )
+        self._pending: tuple[int, Metrics] | None = None
+        self._interval: list[Mapping[str, float]] = []
+        self._wait = 0.0
+
+    def close(self) -> None:
+        """Ends the progress line and the files."""
+        self._progress.close()
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+    def announce(self, state: TrainState, start: int) -> None:
+        """Says what is about to run."""
+        axes = " x ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items() if size > 1) or "1 device"
+        self._progress.message(
+            f"{f'resumes at step {start}' if start else 'starts'}: {count(state.params):,} parameters, "
+            f"{axes} ({self._mesh.devices.flat[0].device_kind}), batch of {self._config.train.batch_size}, "
+            f"{self._config.train.num_steps} steps"
+        )
+
+    def record(self, step: int, metrics: Metrics, wait: float) -> None:
+        """Takes a step's metrics, still being computed, and deals with those of the step before."""
+        self.flush()
+        self._pending = step, metrics
+        self._wait += wait
+
+    def flush(self) -> None:
+        """Waits for the step whose metrics are pending.
+
+        Raises:
+          NotFiniteError: its loss, gradient or update is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = dict(jax.device_get(metrics))
+        squares = values.pop("gradient_squares")
+        scalars = {name: float(value) for name, value in values.items()}
+        if not all(math.isfinite(scalars[name]) for name in ("loss", "gradient_norm", "update_norm")):
+            self._fail(step, scalars, squares)
+        self._progress.start_clock(step)
+        self._interval.append(scalars)
+        if _every(self._config.log.every_steps, step) or step == self._config.train.num_steps:
+            means = {name: sum(each[name] for each in self._interval) / len(self._interval) for name in scalars}
+            shown = {name: value for name, value in means.items() if name not in HIDDEN}
+            rates = self._progress.update(step, shown, self._wait)
+            self._write(step, means | rates)
+            self._interval, self._wait = [], 0.0
+
+    def _fail(self, step: int, scalars: Mapping[str, float], squares: Any) -> None:
+        bad = first_bad_parameter(self._abstract_params, squares)
+        where = f"the gradient of {bad} is" if bad else "no gradient is, but the loss or the update is"
+        raise NotFiniteError(
+            f"step {step}: loss {scalars['loss']}; {where} not finite. Nothing of it was saved; checkpoints in "
+            f"{self._workdir / 'checkpoints'} are from before. Lower optimizer.learning-rate or optimizer.clip-norm"
+        )
+
+    def evaluate(self, step: int, params: Any) -> dict[str, float]:
+        """Held-out metrics of all evaluators, written down; "loss" is the first one's objective."""
+        self.flush()
+        held_out: dict[str, float] = {}
+        with self.pause("evaluating"):
+            for name, evaluate in self._evaluators.items():
+                metrics = evaluate(params)
+                held_out = held_out or {"loss": metrics[self._objectives[name]], **metrics}
+                self._write(step, {f"{name}/{key}": value for key, value in metrics.items()})
+                figures = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+                self._progress.message(f"step {step} {name}: {figures}")
+        return held_out
+
+    def pause(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Time spent inside is no training time."""
+        return self._progress.pause(what)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(step, values)
+        if self._board:
+            self._board.write(step, values)
+
+    def summarize(self) -> None:
+        """Closing lines."""
+        self._progress.close()
+        for line in self._progress.summary(self._workdir / "checkpoints"):
+            self._progress.message(line)
+
+
+def _peak_flops(mesh: Mesh) -> float | None:
+    peak = hardware.peak_flops(mesh.devices.flat[0].device_kind)
+    return peak and peak * mesh.size
