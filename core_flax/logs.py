@@ -217,7 +217,7 @@ class Progress:
         if self._bar is not None:
             self._draw([_short(name, value) for name, value in self._values.items()], self._figures(rates, short=True))
         else:
-            shown = [f"{name} {value:.4g}" for name, value in self._values.items()]
+            shown = [f"{name} {value:#.4g}" for name, value in self._values.items()]
             self.message("  ".join([f"step {step}/{self._total}", *shown, *self._figures(rates, short=False)]))
         return rates
 
@@ -252,7 +252,7 @@ class Progress:
                 rate = (last.step - self._first.step) / (last.seconds - self._first.seconds)
                 lines[0] += f", {_count(rate * self._tokens)} tokens/s (compilation, evaluation and checkpoints apart)"
         if self._values:
-            lines.append("last: " + "  ".join(f"{name} {value:.4g}" for name, value in self._values.items()))
+            lines.append("last: " + "  ".join(f"{name} {value:#.4g}" for name, value in self._values.items()))
         if checkpoints is not None:
             lines.append(f"checkpoints: {checkpoints}")
         return lines

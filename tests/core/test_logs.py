@@ -107,8 +107,8 @@ def test_plain_lines_in_a_pipe():
         {"sequences_per_second": 40, "tokens_per_second": 2560, "mfu": 0.2, "data_wait": 0.25}
     )
     assert out.getvalue().splitlines() == [
-        "step 10/1000  loss 9  mlm_accuracy 0.01",
-        "step 20/1000  loss 8.5  mlm_accuracy 0.0256  40 sequences/s  2.56k tokens/s  MFU 20.0%  data wait 25.0%  "
+        "step 10/1000  loss 9.000  mlm_accuracy 0.01000",
+        "step 20/1000  loss 8.500  mlm_accuracy 0.02560  40 sequences/s  2.56k tokens/s  MFU 20.0%  data wait 25.0%  "
         "ETA 3m16s",
         "a remark",
     ]
@@ -267,7 +267,7 @@ def test_summary(tmp_path):
     progress.update(1000, {"loss": 2.34567, "mlm_accuracy": 0.5})
     assert progress.summary(tmp_path) == [
         "1000 steps in 2m30s, 512k tokens, 5.12k tokens/s (compilation, evaluation and checkpoints apart)",
-        "last: loss 2.346  mlm_accuracy 0.5",
+        "last: loss 2.346  mlm_accuracy 0.5000",
         f"checkpoints: {tmp_path}",
     ]
 
