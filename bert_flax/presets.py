@@ -15,7 +15,7 @@ def _paper(num_layers: int, width: int) -> PretrainConfig:
     """The paper's recipe for a model of this depth and width; heads are 64 wide, the feed-forward layer 4 x width."""
     return PretrainConfig(
         model=BertConfig(num_layers=num_layers, width=width, num_heads=width // 64, mlp_width=4 * width),
-        inputs=InputsConfig(length=128, max_predictions=20, long_steps=100_000),
+        inputs=InputsConfig(length=128, max_predictions=20),
         optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.01, beta1=0.9, beta2=0.999, epsilon=1e-6),
         schedule=ScheduleConfig(name="linear", warmup_steps=10_000),
         train=TrainConfig(num_steps=1_000_000, batch_size=256, eval_every_steps=10_000, eval_batches=100),
@@ -53,6 +53,21 @@ def bert_large() -> PretrainConfig:
     return _paper(24, 1024)
 
 
+def bert_demo() -> PretrainConfig:
+    """2 layers, 128 wide, on the text that Python ships: learns in two minutes on 2 cores."""
+    return PretrainConfig(
+        model=BertConfig(
+            num_layers=2, width=128, num_heads=4, mlp_width=512, max_length=64, dropout=0.0, attention_dropout=0.0
+        ),
+        inputs=InputsConfig(length=64, max_predictions=10),
+        optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.98),
+        schedule=ScheduleConfig(name="linear", warmup_steps=100),
+        train=TrainConfig(num_steps=1500, batch_size=32, eval_every_steps=500),
+        checkpoint=CheckpointConfig(every_steps=500),
+    )
+
+
 PRESETS: dict[str, Callable[[], PretrainConfig]] = {
-    preset.__name__: preset for preset in (bert_tiny, bert_mini, bert_small, bert_medium, bert_base, bert_large)
+    preset.__name__: preset
+    for preset in (bert_demo, bert_tiny, bert_mini, bert_small, bert_medium, bert_base, bert_large)
 }

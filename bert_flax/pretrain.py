@@ -1,12 +1,13 @@
 """The pretraining task: masked tokens and next sentences, each loss divided by its own weight."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from bert_flax.config import PretrainConfig
-from bert_flax.examples import Examples
+from bert_flax.examples import PairExamples
 from bert_flax.model import BertForPreTraining, flops_per_example
 from bert_flax.sharding import AXIS_FIELDS, PARAM_RULES
 from core_flax.data.feed import prefetch
@@ -16,7 +17,9 @@ from core_flax.task import Evaluator, MetricSums, Task
 from core_flax.types import Array, Batch, Params, Sums
 
 
-def make_task(config: PretrainConfig, train: Examples, held_out: Examples | None, unigram_V: np.ndarray) -> Task:
+def make_task(
+    config: PretrainConfig, train: PairExamples, held_out: PairExamples | None, unigram_V: np.ndarray
+) -> Task:
     """The task of a run.
 
     Args:
@@ -35,9 +38,8 @@ def make_task(config: PretrainConfig, train: Examples, held_out: Examples | None
         return pretraining_sums(model, params, batch, key)
 
     def batches(start_step: int, rows: range) -> Iterator[Batch]:
-        return prefetch(
-            train.batch_maker(rows), start_step, config.train.num_steps, num_workers=config.inputs.num_workers
-        )
+        make_batch = partial(train.make_batch, rows=rows)
+        return prefetch(make_batch, start_step, config.train.num_steps, num_workers=config.inputs.num_workers)
 
     evaluators = {}
     if held_out is not None:

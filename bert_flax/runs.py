@@ -9,7 +9,7 @@ import jax
 import tyro
 
 from bert_flax.config import BertConfig, PretrainConfig
-from bert_flax.examples import Examples
+from bert_flax.examples import PairExamples
 from bert_flax.model import BertForPreTraining
 from bert_flax.prepare import PrepareConfig, prepare
 from bert_flax.pretrain import make_task
@@ -123,9 +123,7 @@ def _own_text(workdir: Path) -> Path:
     if not (data / "manifest.json").exists():
         workdir.mkdir(parents=True, exist_ok=True)
         prepare(
-            PrepareConfig(
-                input=("python:docs",), output=str(data), vocab_size=OWN_TEXT_VOCAB_SIZE, valid_fraction=0.05
-            )
+            PrepareConfig(input=("python:docs",), output=str(data), vocab_size=OWN_TEXT_VOCAB_SIZE, valid_fraction=0.05)
         )
     return data
 
@@ -156,7 +154,7 @@ def _check_resumable(old: Run, new: Run) -> None:
         )
 
 
-def _examples(run: Run, store: PassageStore) -> tuple[Examples, Examples | None]:
+def _examples(run: Run, store: PassageStore) -> tuple[PairExamples, PairExamples | None]:
     config = run.config
     if config.inputs.length > config.model.max_length:
         raise UserError(
@@ -166,8 +164,8 @@ def _examples(run: Run, store: PassageStore) -> tuple[Examples, Examples | None]
     arguments = (run.vocabulary, config.inputs, config.train.batch_size, config.seed)
     held_out = "valid" in store.manifest.splits and store.manifest.splits["valid"].passages > 0
     return (
-        Examples(store, *arguments),
-        Examples(PassageStore(run.data, "valid"), *arguments) if held_out else None,
+        PairExamples(store, *arguments),
+        PairExamples(PassageStore(run.data, "valid"), *arguments) if held_out else None,
     )
 
 

@@ -1,1 +1,1 @@
-"""What the three families share: data order, the step, the loop, checkpoints, sharding, layers. Imports third-party code only."""
+"""What the three families share: data order, step, loop, checkpoints, sharding, layers. Imports no family."""

@@ -1,5 +1,7 @@
 """Attention: the arithmetic and the module, without any notion of which architecture uses them."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,17 @@ from core_flax.types import Array
 
 
 def padding_mask(valid_BM: Array) -> Array:
-    """True where attention may look: [B, 1, 1, M] from [B, M] flags of real tokens, broadcast over heads and queries."""
+    """True where attention may look: [B, 1, 1, M] from the flags [B, M] of real tokens."""
     return valid_BM[:, None, None, :]
 
 
-def dot_product_attention(q_BLHK: Array, k_BMHK: Array, v_BMHK: Array, mask_BHLM: Array | None, dropout=None) -> Array:
+def dot_product_attention(
+    q_BLHK: Array,
+    k_BMHK: Array,
+    v_BMHK: Array,
+    mask_BHLM: Array | None,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1).
 
     Args:

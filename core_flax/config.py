@@ -1,8 +1,8 @@
 """The settings every family shares: frozen dataclasses, one place per knob, with unit and meaning.
 
 A family's own config is a frozen dataclass that holds these as fields beside its model and its data settings. The
-docstring under a field is its help text on the command line. Fields named in a class's ``FREE`` may differ when a run is
-resumed; all others define the run, and ``differences`` names those that would make it another run.
+docstring under a field is its help text on the command line. Fields named in a class's ``FREE`` may differ when a run
+is resumed; all others define the run, and ``differences`` names those that would make it another run.
 """
 
 import dataclasses
@@ -179,14 +179,28 @@ def load(path: Path, kind: str) -> dict[str, Any]:
     return stored
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Lines ``field: old -> new`` for every setting that differs and is not free to differ on resume."""
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Lines ``field: old -> new`` for every setting that makes ``new`` another run than ``old``.
+
+    train.num_steps may differ (a run may stop earlier, or go on longer) unless the schedule is laid out over it.
+    """
+    return _differences(_with_horizon(old), _with_horizon(new), "")
+
+
+def _with_horizon(config: RunConfig) -> RunConfig:
+    schedule = config.schedule
+    if schedule.total_steps is None and schedule.name in ("linear", "cosine", "wsd"):
+        schedule = dataclasses.replace(schedule, total_steps=config.train.num_steps)
+    return dataclasses.replace(config, schedule=schedule)
+
+
+def _differences(old: Any, new: Any, where: str) -> list[str]:
     lines = []
     free = getattr(type(new), "FREE", frozenset())
     for field in dataclasses.fields(new):
         before, after = getattr(old, field.name), getattr(new, field.name)
         if dataclasses.is_dataclass(after):
-            lines += differences(before, after, f"{where}{field.name}.")
+            lines += _differences(before, after, f"{where}{field.name}.")
         elif before != after and field.name not in free:
             lines.append(f"{where}{field.name}: {before} -> {after}")
     return lines

@@ -12,7 +12,7 @@ from core_flax import sharding
 from core_flax.types import Array
 
 Norm = nn.LayerNorm
-"""Layer normalisation (Ba et al. 2016, arXiv 1607.06450); Flax computes its statistics in float32 whatever the dtype."""
+"""Layer normalisation (Ba et al. 2016, arXiv 1607.06450); Flax takes its statistics in float32 whatever the dtype."""
 
 
 class Linear(nn.Module):

@@ -26,7 +26,6 @@ from core_flax.step import Metrics, first_bad_parameter, make_train_step
 from core_flax.task import Task
 from core_flax.types import Batch, UserError
 
-
 HIDDEN = ("gradient_norm", "update_norm", "learning_rate")
 """Figures that are written to metrics.jsonl and TensorBoard but not shown in the progress line."""
 
@@ -102,7 +101,7 @@ def train(task: Task, config: RunConfig, workdir: Path) -> dict[str, float]:
         recorder = stack.enter_context(contextlib.closing(Recorder(task, config, program, workdir, start)))
         recorder.announce(state, start)
         state = _steps(task, config, program, state, start, saver, recorder, stop)
-        held_out = recorder.evaluate(config.train.num_steps, state.params)
+        held_out = recorder.evaluate(max(start, config.train.num_steps), state.params)
         saver.save(state, held_out)
         saver.checkpoints.wait()
         recorder.summarize()
@@ -183,9 +182,12 @@ class Recorder:
         self._evaluators = {name: make_evaluate(each, program.mesh) for name, each in task.evaluators.items()}
         self._objectives = {name: each.objective for name, each in task.evaluators.items()}
         self._abstract_params = program.abstract_state.params
+        self._leads = jax.process_index() == 0  # the others compute the same figures and keep them to themselves
         self._file = MetricsFile(workdir / "metrics.jsonl")
-        self._file.truncate_after(start)
-        self._board = open_tensorboard(workdir / "tensorboard", start) if config.log.tensorboard else None
+        self._board = None
+        if self._leads:
+            self._file.truncate_after(start)
+            self._board = open_tensorboard(workdir / "tensorboard", start) if config.log.tensorboard else None
         self._progress = Progress(
             total_steps=config.train.num_steps,
             start_step=start,
@@ -193,10 +195,12 @@ class Recorder:
             tokens_per_step=task.tokens_per_step,
             flops_per_step=task.flops_per_step,
             peak_flops=_peak_flops(program.mesh),
+            silent=not self._leads,
         )
         self._pending: tuple[int, Metrics] | None = None
         self._interval: list[Mapping[str, float]] = []
         self._wait = 0.0
+        self._started = False
 
     def close(self) -> None:
         """Ends the progress line and the files."""
@@ -234,7 +238,10 @@ class Recorder:
         scalars = {name: float(value) for name, value in values.items()}
         if not all(math.isfinite(scalars[name]) for name in ("loss", "gradient_norm", "update_norm")):
             self._fail(step, scalars, squares)
-        self._progress.start_clock(step)
+        if not self._started:
+            # What came before, compilation and the first batch, is no sign of what is to come.
+            self._progress.start_clock(step)
+            self._started, self._wait = True, 0.0
         self._interval.append(scalars)
         if _every(self._config.log.every_steps, step) or step == self._config.train.num_steps:
             means = {name: sum(each[name] for each in self._interval) / len(self._interval) for name in scalars}
@@ -269,7 +276,8 @@ class Recorder:
         return self._progress.pause(what)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(step, values)
+        if self._leads:
+            self._file.write(step, values)
         if self._board:
             self._board.write(step, values)
 

@@ -1,8 +1,8 @@
 """Placement: logical axes -> mesh axes. The only file that speaks of PartitionSpec.
 
 Parameters are placed by the family's table (params.ParamRule), activations by ``constrain``; both name logical axes,
-and the table below says over which axes of the mesh each is split. Modules thus carry no placement and work unchanged in
-a program without a mesh, or with a mesh of other axes.
+and the table below says over which axes of the mesh each is split. Modules thus carry no placement and work unchanged
+in a program without a mesh, or with a mesh of other axes.
 """
 
 import math
@@ -80,7 +80,7 @@ def spec(names: tuple[str, ...]) -> PartitionSpec:
 
 
 def constrain(x: Array, *names: str) -> Array:
-    """Ask XLA to place an activation by its logical axes. Without a mesh in context (jax.set_mesh) returns x as it is."""
+    """Ask XLA to place an activation by its logical axes; does nothing without a mesh in context (jax.set_mesh)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return x

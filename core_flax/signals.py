@@ -1,4 +1,4 @@
-"""Being told to stop: the first signal asks for a checkpoint and an orderly end, the second ends the process at once."""
+"""Being told to stop: the first signal asks for a checkpoint and an orderly end, a second one ends it at once."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Turns SIGTERM and SIGINT into a flag while the context lasts; a second one exits at once with 128 + its number."""
+    """Turns SIGTERM and SIGINT into a flag in this context; a second one exits at once with 128 + its number."""
     flag = StopFlag()
 
     def handle(number: int, frame: FrameType | None) -> None:
