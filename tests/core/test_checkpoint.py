@@ -554,10 +554,13 @@ print("steps:", checkpoints.steps())
 """
 
 
+def run_child(script, *arguments):
+    command = [sys.executable, "-c", CHILD + script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 def check_full(folder, how, opened):
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD + FULL, str(folder), how], capture_output=True, text=True, timeout=120
-    )
+    done = run_child(FULL, folder, how)
     assert done.returncode == 0, done.stderr
     said, left, steps = done.stdout.splitlines()
     assert said.startswith(f"said: the checkpoint of step 2 could not be written to {folder}: it needs 8.00 MB, ")
@@ -583,6 +586,29 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(tmp_path, opened):
         check_full(where / "checkpoints", "disk", opened)
     finally:
         subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+DAMAGED = """
+import gc, time
+checkpoints = open_(sys.argv[1], 3)
+like = {name: jnp.arange(100_000) for name in "abcdefgh"}
+print(checkpoints.restore_latest(TrainState(jnp.asarray(0), like, {}))[1])
+gc.collect()
+time.sleep(0.2)  # for whatever goes on in the background
+"""
+
+
+def test_damage_takes_one_line_on_the_screen(folder, opened):
+    """Orbax leaves a dozen reads of other arrays half done, which Python and asyncio would report each."""
+    checkpoints, _ = opened()
+    for step in (1, 2):
+        checkpoints.save(TrainState(jnp.asarray(step), {name: jnp.arange(100_000) for name in "abcdefgh"}, {}))
+    checkpoints.wait()
+    largest = max((path for path in (folder / "2").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    truncate(largest)
+    done = run_child(DAMAGED, folder)
+    assert done.stdout == "1\n", done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("checkpoint of step 2 is damaged (its arrays cannot")
 
 
 # A kill.
