@@ -257,6 +257,10 @@ class Passages:
     first_sentence: np.ndarray
     first_token: np.ndarray
 
+    def begin(self, sentence: np.ndarray) -> np.ndarray:
+        """Where sentences begin in ``tokens``; for the one after the last, where the last one ends."""
+        return np.where(sentence > 0, self.sentence_ends[sentence - 1], 0)
+
 
 class PassageStore:
     """Random access to the passages of one split of a prepared folder. Threads may share it; it can be pickled.
