@@ -7,27 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from bert_flax.config import PretrainConfig
-from bert_flax.examples import PairExamples
+from bert_flax.examples import PairExamples, eval_batches
 from bert_flax.model import BertForPreTraining, flops_per_example
 from bert_flax.sharding import AXIS_FIELDS, PARAM_RULES
 from core_flax.data.feed import prefetch
+from core_flax.data.records import PassageStore
 from core_flax.hardware import compute_dtype
 from core_flax.losses import cross_entropy_sums
 from core_flax.task import Evaluator, MetricSums, Task
+from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Array, Batch, Params, Sums
 
 
 def make_task(
-    config: PretrainConfig, train: PairExamples, held_out: PairExamples | None, unigram_V: np.ndarray
+    config: PretrainConfig, train: PassageStore, held_out: PassageStore | None, vocabulary: WordPiece
 ) -> Task:
     """The task of a run.
 
     Args:
       config: its settings.
-      train: examples to train on.
-      held_out: examples to evaluate on, if there are any.
-      unigram_V: how often each token occurs in the training text: the baseline that evaluation compares with.
+      train: text to train on; how often each token occurs in it is the baseline that evaluation compares with.
+      held_out: text to evaluate on, if there is any.
+      vocabulary: that of both.
     """
+    examples = PairExamples(train, vocabulary, config.inputs, config.seed, config.train.batch_size)
     model = BertForPreTraining(config.model, compute_dtype(config.train.compute_dtype))
 
     def init(key: Array) -> Params:
@@ -38,18 +41,20 @@ def make_task(
         return pretraining_sums(model, params, batch, key)
 
     def batches(start_step: int, rows: range) -> Iterator[Batch]:
-        make_batch = partial(train.make_batch, rows=rows)
+        make_batch = partial(examples.make_batch, rows=rows)
         return prefetch(make_batch, start_step, config.train.num_steps, num_workers=config.inputs.num_workers)
 
     evaluators = {}
     if held_out is not None:
-        log_unigram_V = np.log((unigram_V + 1) / (unigram_V + 1).sum()).astype(np.float32)
+        # One is added to every count, so that what the training text lacks is not impossible.
+        log_unigram_V = np.log((train.unigram + 1) / (train.unigram + 1).sum()).astype(np.float32)
         evaluators["held_out"] = Evaluator(
-            batches=lambda: held_out.eval_batches(config.train.batch_size, config.train.eval_batches),
+            batches=lambda: eval_batches(
+                held_out, vocabulary, config.inputs, config.train.batch_size, config.train.eval_batches
+            ),
             metric_sums=lambda params, batch: held_out_sums(model, params, batch, log_unigram_V),
             objective="mlm_loss",
         )
-    examples = config.train.batch_size
     return Task(
         init=init,
         loss_weights=loss_weights,
@@ -58,8 +63,9 @@ def make_task(
         param_rules=PARAM_RULES,
         axis_fields=AXIS_FIELDS,
         evaluators=evaluators,
-        flops_per_step=examples * flops_per_example(config.model, config.inputs.length, config.inputs.max_predictions),
-        tokens_per_step=examples * config.inputs.length,
+        flops_per_step=config.train.batch_size
+        * flops_per_example(config.model, config.inputs.length, config.inputs.max_predictions),
+        tokens_per_step=config.train.batch_size * config.inputs.length,
     )
 
 

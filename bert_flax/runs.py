@@ -9,13 +9,12 @@ import jax
 import tyro
 
 from bert_flax.config import BertConfig, PretrainConfig
-from bert_flax.examples import PairExamples
 from bert_flax.model import BertForPreTraining
 from bert_flax.prepare import PrepareConfig, prepare
 from bert_flax.pretrain import make_task
 from core_flax import config as configs
 from core_flax.checkpoint import load_params
-from core_flax.data.records import PassageStore
+from core_flax.data.records import Manifest, PassageStore
 from core_flax.evaluate import make_evaluate
 from core_flax.loop import train
 from core_flax.sharding import make_mesh
@@ -109,11 +108,12 @@ def pretrain(command: PretrainCommand, preset: PretrainConfig) -> None:
     store = PassageStore(data, "train")
     vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
     config = _with_vocabulary(command.config, preset, vocabulary)
+    _check_length(config)
     make_mesh(config.mesh)  # refuse what does not fit these devices before anything is written
     run = Run(workdir, config, vocabulary, data.absolute())
     if (workdir / CONFIG).exists():
         _check_resumable(Run.load(command.workdir), run)
-    task = make_task(config, *_examples(run, store), store.unigram)
+    task = make_task(config, store, _held_out(data), vocabulary)
     run.save()
     train(task, config, workdir)
 
@@ -154,19 +154,16 @@ def _check_resumable(old: Run, new: Run) -> None:
         )
 
 
-def _examples(run: Run, store: PassageStore) -> tuple[PairExamples, PairExamples | None]:
-    config = run.config
+def _check_length(config: PretrainConfig) -> None:
     if config.inputs.length > config.model.max_length:
         raise UserError(
             f"--inputs.length {config.inputs.length} exceeds --model.max-length {config.model.max_length}, "
             "the positions that the model has"
         )
-    arguments = (run.vocabulary, config.inputs, config.train.batch_size, config.seed)
-    held_out = "valid" in store.manifest.splits and store.manifest.splits["valid"].passages > 0
-    return (
-        PairExamples(store, *arguments),
-        PairExamples(PassageStore(run.data, "valid"), *arguments) if held_out else None,
-    )
+
+
+def _held_out(data: Path) -> PassageStore | None:
+    return PassageStore(data, "valid") if Manifest.load(data).splits["valid"].passages else None
 
 
 def evaluate(workdir: str, data: str | None, step: int | None) -> None:
@@ -174,13 +171,12 @@ def evaluate(workdir: str, data: str | None, step: int | None) -> None:
     run = Run.load(workdir)
     if data is not None:
         run = dataclasses.replace(run, data=Path(data).absolute())
-    store = PassageStore(run.data, "train")
+    store, held_out = PassageStore(run.data, "train"), _held_out(run.data)
     if store.manifest.fingerprint != run.vocabulary.fingerprint:
         raise UserError(f"data folder {run.data} was made with another tokenizer than the run in {run.workdir}")
-    train_examples, held_out = _examples(run, store)
     if held_out is None:
         raise UserError(f"{run.data} holds out nothing: prepare it with --valid-fraction above 0")
-    task = make_task(run.config, train_examples, held_out, store.unigram)
+    task = make_task(run.config, store, held_out, run.vocabulary)
     params, step = run.params(step)
     metrics = make_evaluate(task.evaluators["held_out"], make_mesh(run.config.mesh))(params)
     print_held_out(metrics, step)
