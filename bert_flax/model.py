@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from core_flax import sharding
 from core_flax.attention import MultiHeadAttention, padding_mask
-from core_flax.layers import Dropout, FeedForward, Linear, Norm, Remat, remat
+from core_flax.layers import Dropout, FeedForward, Linear, Norm, Remat, gelu, remat
 from core_flax.types import Array, UserError
 
 
@@ -127,9 +126,7 @@ class BertBlock(nn.Module):
         mixed_BLD = attention(x_BLD, x_BLD, mask_BHLM, row_B=row_B, deterministic=deterministic)
         x_BLD = norm(name="attention_norm")(x_BLD + dropout(mixed_BLD))
 
-        mlp = FeedForward(
-            config.mlp_width, partial(jax.nn.gelu, approximate=False), config.kernel_init, self.dtype, name="mlp"
-        )
+        mlp = FeedForward(config.mlp_width, gelu, config.kernel_init, self.dtype, name="mlp")
         x_BLD = norm(name="mlp_norm")(x_BLD + dropout(mlp(x_BLD)))
         return sharding.constrain(x_BLD, "batch", "length", "width"), None
 
@@ -198,7 +195,7 @@ class MaskedLanguageHead(nn.Module):
         """Maps hidden states [B, P, D] to logits [B, P, V]."""
         config = self.config
         x_BPD = Linear((config.width,), kernel_init=config.kernel_init, dtype=self.dtype, name="transform")(x_BPD)
-        x_BPD = jax.nn.gelu(x_BPD, approximate=False)
+        x_BPD = gelu(x_BPD)
         x_BPD = Norm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype, name="norm")(x_BPD)
         logits_BPV = table.logits(x_BPD) + self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         return sharding.constrain(logits_BPV, "batch", "length", "vocab_logits")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from core_flax import sharding
-from core_flax.layers import Dropout, Linear
+from core_flax.layers import Dropout, Linear, Weights, linear
 from core_flax.types import Array
 
 
@@ -75,12 +75,22 @@ class MultiHeadAttention(nn.Module):
         """Returns [B, L, D]. ``row_B`` and ``deterministic`` are those of ``layers.Dropout``."""
         width = x_BLD.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
-
-        def project(name: str, inputs: Array) -> Array:
-            projected = Linear(heads, kernel_init=self.kernel_init, dtype=self.dtype, name=name)(inputs)
-            return sharding.constrain(projected, "batch", "length", "heads", "head_width")
-
-        q_BLHK, k_BMHK, v_BMHK = project("query", x_BLD), project("key", memory_BMD), project("value", memory_BMD)
+        names = ("query", "key", "value")
+        inputs = (x_BLD, memory_BMD, memory_BMD)
+        weights = [
+            Weights(heads, self.kernel_init, self.dtype, name=name)(source.shape[-1:])
+            for name, source in zip(names, inputs, strict=True)
+        ]
+        if memory_BMD is x_BLD:
+            # One product instead of three: narrow matrices leave cores and matrix units idle.
+            kernel, bias = (jnp.stack(parts, axis=-3) for parts in zip(*weights, strict=True))
+            qkv = sharding.constrain(linear(x_BLD, kernel, bias), "batch", "length", "small", "heads", "head_width")
+            q_BLHK, k_BMHK, v_BMHK = (qkv[:, :, part] for part in range(3))
+        else:
+            q_BLHK, k_BMHK, v_BMHK = (
+                sharding.constrain(linear(source, *each), "batch", "length", "heads", "head_width")
+                for source, each in zip(inputs, weights, strict=True)
+            )
         dropout = Dropout(self.dropout_rate)
         mixed_BLHK = dot_product_attention(
             q_BLHK,
@@ -89,4 +99,4 @@ class MultiHeadAttention(nn.Module):
             mask_BHLM,
             lambda probs_BHLM: dropout(probs_BHLM, row_B=row_B, deterministic=deterministic),
         )
-        return Linear((width,), num_inputs=2, kernel_init=self.kernel_init, dtype=self.dtype, name="out")(mixed_BLHK)
+        return Linear((width,), self.kernel_init, self.dtype, num_inputs=2, name="out")(mixed_BLHK)

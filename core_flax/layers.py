@@ -15,37 +15,54 @@ Norm = nn.LayerNorm
 """Layer normalisation (Ba et al. 2016, arXiv 1607.06450); Flax takes its statistics in float32 whatever the dtype."""
 
 
-class Linear(nn.Module):
-    """A linear map over the last ``num_inputs`` dims to ``features``, with bias.
+class Weights(nn.Module):
+    """Kernel and bias of a linear map from ``inputs`` to ``features``.
 
     The kernel keeps the shape of what it maps ([D, H, K], [H, K, D], [D, F]), so that heads can be sharded, yet is
-    initialised and multiplied as the matrix it stands for.
+    initialised as the matrix it stands for.
 
     Attributes:
       features: dims of the output, e.g. (H, K).
-      num_inputs: how many trailing dims of the input are mapped.
+      kernel_init: initialiser, given the shape of the matrix.
+      dtype: type of the computation; parameters are float32.
     """
 
     features: tuple[int, ...]
-    num_inputs: int = 1
-    use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    def __call__(self, inputs: tuple[int, ...]) -> tuple[Array, Array]:
+        """Returns (kernel [*inputs, *features], bias [*features]) for inputs of the given dims, e.g. (D,)."""
+        return self.weights(inputs)
+
+    def weights(self, inputs: tuple[int, ...]) -> tuple[Array, Array]:
+        """As __call__, for use inside a compact method of a subclass."""
+
+        def init(key: Array) -> Array:
+            matrix = self.kernel_init(key, (math.prod(inputs), math.prod(self.features)), jnp.float32)
+            return matrix.reshape(*inputs, *self.features)
+
+        kernel, bias = self.param("kernel", init), self.param("bias", nn.initializers.zeros, self.features)
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+class Linear(Weights):
+    """A linear map with bias over the last ``num_inputs`` dims of its input to ``features``."""
+
+    num_inputs: int = 1
+
+    @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., *inputs] to [..., *features]."""
-        inputs = x.shape[-self.num_inputs :]
-        matrix_shape = (math.prod(inputs), math.prod(self.features))
-        kernel = self.param(
-            "kernel", lambda key: self.kernel_init(key, matrix_shape, jnp.float32).reshape(*inputs, *self.features)
-        )
-        dims = tuple(range(x.ndim - self.num_inputs, x.ndim))
-        contract = (dims, tuple(range(self.num_inputs)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
-        return y
+        return linear(x, *self.weights(x.shape[-self.num_inputs :]))
+
+
+def linear(x: Array, kernel: Array, bias: Array) -> Array:
+    """x [..., *inputs] times kernel [*inputs, *features] plus bias [*features], in the kernel's type."""
+    num_inputs = kernel.ndim - bias.ndim
+    dims = tuple(range(x.ndim - num_inputs, x.ndim))
+    return jax.lax.dot_general(x.astype(kernel.dtype), kernel, ((dims, tuple(range(num_inputs))), ((), ()))) + bias
 
 
 def row_bits(key: Array, row_B: Array, shape: tuple[int, ...]) -> Array:
@@ -97,6 +114,12 @@ class Dropout(nn.Module):
         bits = row_bits(self.make_rng("dropout"), row_B, x.shape[1:])
         keep = bits >= jnp.uint32(round(self.rate * 2**32))
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))
+
+
+def gelu(x: Array) -> Array:
+    """The exact Gaussian error linear unit, x * P(N(0, 1) < x) (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    # By erf, as the definition has it: jax.nn.gelu goes by erfc, which costs twice as much on a CPU.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 class FeedForward(nn.Module):
