@@ -89,7 +89,7 @@ def make_train_step(
             **divide(metric_sums),
             "gradient_norm": jnp.sqrt(jnp.sum(squares)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "update_norm": optax.global_norm(updates),
+            "update_norm": optax.tree.norm(updates),
             "gradient_squares": squares,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
