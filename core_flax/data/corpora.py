@@ -129,8 +129,9 @@ def _read_plain(name: str, documents: DocumentMode, start: re.Pattern[str] | Non
     held: list[str] = []  # lines of the current document that are not handed on yet; the first of them is not blank
     held_size, held_from, previous = 0, 0, 0
     for number, line in _lines(name, progress, _PART_BYTES, cut=True):
-        blank = not line.strip()
-        ends = blank_ends if blank else start is not None and number != previous and bool(start.match(line))
+        blank, same_line = not line.strip(), number == previous
+        ends = blank_ends if blank else start is not None and bool(start.match(line))
+        ends = ends and not same_line
         # A full part waits for the next line that is not blank, which tells whether the document goes on.
         if held and (ends or (held_size >= _PART_BYTES and not blank)):
             yield "".join(held), f"{name}:{held_from}", ends
