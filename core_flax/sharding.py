@@ -104,6 +104,7 @@ def param_shardings(
     fields = axis_fields or {}
 
     def place(path: str, leaf: Array, rule: ParamRule) -> NamedSharding:
+        placement = spec(rule.names)
         for size, name in zip(leaf.shape, rule.names, strict=True):
             ways = math.prod(mesh.shape[axis] for axis in PLACEMENT[name])
             if size % ways:
@@ -112,7 +113,7 @@ def param_shardings(
                     f"{fields.get(name, path)} = {size} cannot be split {ways} ways ({axes}): "
                     f"choose a multiple of {ways} ({-(-size // ways) * ways} is the next) or another mesh"
                 )
-        return NamedSharding(mesh, spec(rule.names))
+        return NamedSharding(mesh, placement)
 
     return map_rules(place, params, rules)
 
