@@ -1,0 +1,168 @@
+"""Placement on four fake devices: the table is checked, and arrays lie where it says."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from core_flax import sharding
+from core_flax.config import MeshConfig, OptimizerConfig
+from core_flax.optim import make_optimizer
+from core_flax.params import ParamRule
+from core_flax.types import UserError
+
+PARAMS = {
+    "table": jnp.zeros((12, 8)),
+    "layers": {"query": jnp.zeros((2, 8, 4, 2)), "down": jnp.zeros((2, 16, 8)), "norm": jnp.zeros((2, 8))},
+}
+RULES = (
+    ParamRule("table", "embedding", "vocab table_width"),
+    ParamRule("layers/query", "matrix", "layer embed | heads head_width"),
+    ParamRule("layers/down", "matrix", "layer mlp | embed"),
+    ParamRule("layers/norm", "norm", "layer width"),
+)
+FIELDS = {"vocab": "--model.vocab-size", "heads": "--model.num-heads"}
+
+
+def mesh(**sizes):
+    return sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:4])
+
+
+def place(params, rules=RULES, **sizes):
+    return sharding.param_shardings(params, rules, mesh(**sizes), FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, {"data": 4, "fsdp": 1, "tensor": 1}),
+        ({"fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 1}),
+        ({"fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 2}),
+        ({"data": 1, "tensor": 4}, {"data": 1, "fsdp": 1, "tensor": 4}),
+    ],
+)
+def test_data_takes_the_devices_that_are_left(sizes, expected):
+    assert dict(mesh(**sizes).shape) == expected
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 4, "fsdp": 2}, {"fsdp": 3}, {"tensor": 8}])
+def test_a_mesh_must_cover_the_devices(sizes):
+    with pytest.raises(UserError, match=r"for 4 devices; choose --mesh\.data, --mesh\.fsdp and --mesh\.tensor"):
+        mesh(**sizes)
+
+
+@pytest.mark.parametrize(("field", "size"), [("data", 0), ("data", -2), ("fsdp", 0), ("fsdp", -1), ("tensor", -1)])
+def test_an_axis_of_no_size(field, size):
+    with pytest.raises(UserError, match=f"--mesh.{field} {size}: .* 1 or more"):
+        mesh(**{field: size})
+
+
+def test_an_unknown_logical_axis():
+    with pytest.raises(ValueError, match="unknown logical axis 'hedas'"):
+        sharding.spec(("embed", "hedas"))
+    with pytest.raises(ValueError, match="unknown logical axis 'hedas'"):
+        place({"x": jnp.zeros((4, 4))}, (ParamRule("x", "matrix", "embed | hedas"),))
+
+
+def test_two_dims_over_one_mesh_axis():
+    with pytest.raises(ValueError, match=r"two dims .* \('vocab', 'embed'\) -> \['tensor', 'fsdp', 'fsdp'\]"):
+        sharding.spec(("vocab", "embed"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (RULES[1:], "'table' matches no line"),
+        ((*RULES, ParamRule("tab.*", "embedding", "vocab width")), r"'table' matches 2 lines \(table, tab\.\*\)"),
+        ((ParamRule("table", "embedding", "vocab"), *RULES[1:]), r"'table' has shape \(12, 8\), its line .* 'vocab'"),
+        ((ParamRule("abl", "embedding", "vocab width"), *RULES[1:]), "'table' matches no line"),  # the whole path
+    ],
+)
+def test_every_parameter_has_one_line_with_its_dims(rules, message):
+    with pytest.raises(ValueError, match=message):
+        place(PARAMS, rules)
+
+
+def test_a_size_that_does_not_divide_names_its_field():
+    message = r"--model\.vocab-size = 10 cannot be split 4 ways \(--mesh\.tensor 2 x --mesh\.fsdp 2\): .* 4 \(12 is the"
+    with pytest.raises(UserError, match=message):
+        place(PARAMS | {"table": jnp.zeros((10, 8))}, fsdp=2, tensor=2)
+    with pytest.raises(UserError, match=r"layers/down = 6 cannot be split 4 ways \(--mesh\.tensor 4\)"):
+        place(PARAMS | {"layers": PARAMS["layers"] | {"down": jnp.zeros((2, 6, 8))}}, tensor=4)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_microbatches", "advice"),
+    [(6, 1, "4, such as 8"), (12, 2, "8, such as 16"), (1, 1, "4, such as 4"), (8, 0, "4, such as 8")],
+)
+def test_a_batch_that_does_not_divide(batch_size, num_microbatches, advice):
+    message = f"--train.batch-size {batch_size} does not .* {num_microbatches} microbatches x 4 .* multiple of {advice}"
+    with pytest.raises(UserError, match=message):
+        sharding.check_batch_size(batch_size, num_microbatches, mesh(fsdp=2))
+    sharding.check_batch_size(16, 4, mesh(fsdp=2))
+    sharding.check_batch_size(2, 2, mesh(tensor=4))
+
+
+def test_parameters_lie_where_the_table_says():
+    placed = jax.device_put(PARAMS, place(PARAMS, fsdp=2, tensor=2))
+    shards = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, placed)
+    assert shards == {"table": (3, 8), "layers": {"query": (2, 4, 2, 2), "down": (2, 8, 4), "norm": (2, 8)}}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_moments_lie_with_their_parameters(name):
+    on = mesh(fsdp=2, tensor=2)
+    params = sharding.param_shardings(PARAMS, RULES, on)
+    optimizer = make_optimizer(OptimizerConfig(name=name), lambda step: 1.0, RULES)
+    state = {"params": PARAMS, "opt_state": jax.eval_shape(optimizer.init, PARAMS)}
+    placed = sharding.state_shardings(state, params, on)
+    assert placed["params"] == params
+    flat = {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): each
+        for keys, each in jax.tree.leaves_with_path(placed["opt_state"])
+    }
+    moments = [each for path, each in flat.items() if path.endswith("layers/query")]
+    assert moments and all(each == params["layers"]["query"] for each in moments)
+    assert all(each.spec == P() for path, each in flat.items() if path.endswith("count"))
+
+
+def test_factored_moments_are_whole():
+    on, params = mesh(fsdp=4), {"up": jnp.zeros((2, 128, 256))}
+    rules = (ParamRule("up", "matrix", "layer embed | mlp"),)
+    state = jax.eval_shape(make_optimizer(OptimizerConfig("adafactor"), lambda step: 1.0, rules).init, params)
+    placed = sharding.state_shardings(state, sharding.param_shardings(params, rules, on), on)
+    assert placed["factored"]["row"]["up"].spec == placed["factored"]["col"]["up"].spec == P()
+
+
+def test_batches_lie_by_rows():
+    on = mesh(fsdp=2)
+    assert sharding.host_rows(8, on) == range(8)
+    x = np.arange(24).reshape(8, 3)
+    placed = sharding.place_batch({"x": x}, 8, on)["x"]
+    np.testing.assert_array_equal(placed, x)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+
+
+def test_constrain_places_an_activation():
+    x_BLF = jnp.zeros((4, 3, 8))
+    place_it = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "mlp"))
+    on = mesh(fsdp=2, tensor=2)
+    with jax.set_mesh(on):
+        assert place_it(x_BLF).sharding.is_equivalent_to(NamedSharding(on, P(("data", "fsdp"), None, "tensor")), 3)
+
+
+def test_constrain_does_nothing_without_our_mesh():
+    x, names = jnp.zeros((3, 5)), ("batch", "mlp")
+    assert sharding.constrain(x, *names) is x
+    for axes in (("x", "y"), ("data", "model")):
+        with jax.set_mesh(jax.make_mesh((2, 2), axes, devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)):
+            assert sharding.constrain(x, *names) is x
+
+
+def test_table():
+    shapes = jax.tree.map(lambda x: SimpleNamespace(shape=x.shape), PARAMS)
+    assert sharding.table(shapes, RULES)[0] == ("layers/down", (2, 16, 8), "P(None, 'tensor', 'fsdp')")
