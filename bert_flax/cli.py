@@ -32,7 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _prepare(argv: Sequence[str]) -> None:
     from bert_flax.prepare import PrepareConfig, prepare
 
-    prepare(cli.parse(PrepareConfig, argv, f"{PROG} prepare", description="Turns text into ArrayRecord shards."))
+    config = cli.parse(PrepareConfig, argv, f"{PROG} prepare", description="Turns text into ArrayRecord shards.")
+    manifest = prepare(config)
+    print(f"{config.output}: vocabulary of {manifest.num_tokens:,} pieces")
+    for split, info in manifest.splits.items():
+        print(f"  {split}: {info.documents:,} documents, {info.sentences:,} sentences, {info.tokens:,} tokens")
+    if manifest.dropped_documents:
+        print(f"  left out: {manifest.dropped_documents:,} documents of less than two sentences")
 
 
 def _presets(argv: Sequence[str]) -> None:
@@ -54,6 +60,7 @@ class Nothing:
 def _pretrain(argv: Sequence[str]) -> None:
     from bert_flax.presets import PRESETS
     from bert_flax.runs import PretrainCommand, pretrain
+    from core_flax.hardware import keep_freed_memory
 
     name = argv[0] if argv and not argv[0].startswith("-") else None
     if name is not None and name not in PRESETS:
@@ -62,7 +69,9 @@ def _pretrain(argv: Sequence[str]) -> None:
     default = PretrainCommand.of(preset())
     rest = argv[1:] if name else argv
     doc = f"Pretrains, or resumes, in --workdir. Preset {preset.__name__}: {preset.__doc__}"
-    pretrain(cli.parse(PretrainCommand, rest, f"{PROG} pretrain {preset.__name__}", default, doc), preset())
+    command = cli.parse(PretrainCommand, rest, f"{PROG} pretrain {preset.__name__}", default, doc)
+    keep_freed_memory()
+    pretrain(command, preset())
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,9 @@ class InputsConfig:
     """Tokens of an example, [CLS] and two [SEP] included; shorter ones are padded."""
     max_predictions: int = 20
     """Masked tokens per example, at most."""
+    long_from_step: int | None = None
+    """Step from which on examples are of the model's full length (--model.max-length), with max_predictions in
+    proportion; None: never. The paper trains the last tenth of the steps so."""
     mask_rate: float = 0.15
     """Share of an example's tokens that are to be predicted."""
     short_rate: float = 0.1

@@ -1,12 +1,14 @@
 """The pretraining task: masked tokens and next sentences, each loss divided by its own weight."""
 
+import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
-from bert_flax.config import PretrainConfig
+from bert_flax.config import InputsConfig, PretrainConfig
 from bert_flax.examples import PairExamples, eval_batches
 from bert_flax.model import BertForPreTraining, flops_per_example
 from bert_flax.sharding import AXIS_FIELDS, PARAM_RULES
@@ -14,7 +16,7 @@ from core_flax.data.feed import prefetch
 from core_flax.data.records import PassageStore
 from core_flax.hardware import compute_dtype
 from core_flax.losses import cross_entropy_sums
-from core_flax.task import Evaluator, MetricSums, Task
+from core_flax.task import Cost, Evaluator, MetricSums, Task
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Array, Batch, Params, Sums
 
@@ -30,7 +32,11 @@ def make_task(
       held_out: text to evaluate on, if there is any.
       vocabulary: that of both.
     """
-    examples = PairExamples(train, vocabulary, config.inputs, config.seed, config.train.batch_size)
+    batch_size = config.train.batch_size
+    phases = Phases(config.inputs, PairExamples(train, vocabulary, config.inputs, config.seed, batch_size))
+    if config.inputs.long_from_step is not None:
+        long = long_inputs(config)
+        phases = dataclasses.replace(phases, long=PairExamples(train, vocabulary, long, config.seed, batch_size))
     model = BertForPreTraining(config.model, compute_dtype(config.train.compute_dtype))
 
     def init(key: Array) -> Params:
@@ -41,17 +47,20 @@ def make_task(
         return pretraining_sums(model, params, batch, key)
 
     def batches(start_step: int, rows: range) -> Iterator[Batch]:
-        make_batch = partial(examples.make_batch, rows=rows)
+        make_batch = partial(phases.make_batch, rows=rows)
         return prefetch(make_batch, start_step, config.train.num_steps, num_workers=config.inputs.num_workers)
+
+    def cost(step: int) -> Cost:
+        inputs = phases.at(step).config
+        flops = flops_per_example(config.model, inputs.length, inputs.max_predictions)
+        return Cost(tokens=batch_size * inputs.length, flops=batch_size * flops)
 
     evaluators = {}
     if held_out is not None:
         # One is added to every count, so that what the training text lacks is not impossible.
         log_unigram_V = np.log((train.unigram + 1) / (train.unigram + 1).sum()).astype(np.float32)
         evaluators["held_out"] = Evaluator(
-            batches=lambda: eval_batches(
-                held_out, vocabulary, config.inputs, config.train.batch_size, config.train.eval_batches
-            ),
+            batches=lambda: eval_batches(held_out, vocabulary, config.inputs, batch_size, config.train.eval_batches),
             metric_sums=lambda params, batch: held_out_sums(model, params, batch, log_unigram_V),
             objective="mlm_loss",
         )
@@ -63,10 +72,32 @@ def make_task(
         param_rules=PARAM_RULES,
         axis_fields=AXIS_FIELDS,
         evaluators=evaluators,
-        flops_per_step=config.train.batch_size
-        * flops_per_example(config.model, config.inputs.length, config.inputs.max_predictions),
-        tokens_per_step=config.train.batch_size * config.inputs.length,
+        cost=cost,
     )
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Examples of the usual length, and from a step on of the model's full length."""
+
+    inputs: InputsConfig
+    short: PairExamples
+    long: PairExamples | None = None
+
+    def at(self, step: int) -> PairExamples:
+        """The examples of a step."""
+        switch = self.inputs.long_from_step
+        return self.short if self.long is None or switch is None or step < switch else self.long
+
+    def make_batch(self, step: int, rows: range) -> Batch:
+        """The batch of a step."""
+        return self.at(step).make_batch(step, rows)
+
+
+def long_inputs(config: PretrainConfig) -> InputsConfig:
+    """The inputs stretched to the model's full length, with as many more predictions."""
+    inputs, length = config.inputs, config.model.max_length
+    return dataclasses.replace(inputs, length=length, max_predictions=inputs.max_predictions * length // inputs.length)
 
 
 def loss_weights(batch: Batch) -> Sums:

@@ -137,11 +137,12 @@ _Bar.set_lock(threading.RLock())
 
 
 class _Mark(NamedTuple):
-    """A moment of a run: steps done, seconds of training (pauses left out), of these spent waiting for data."""
+    """A moment of a run: steps done, seconds of training (pauses left out), of these spent waiting for data, tokens."""
 
     step: int
     seconds: float
     waited: float
+    tokens: int
 
 
 class Progress:
@@ -179,10 +180,12 @@ class Progress:
         """
         self._total, self._step = total_steps, start_step
         self._tokens, self._examples = tokens_per_step, examples_per_step
+        self._peak_flops = peak_flops
         self._mfu_per_rate = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._stream, self._silent, self._clock = stream or sys.stdout, silent, clock
         self._start, self._began = start_step, clock()
         self._paused = self._waited = 0.0
+        self._tokens_done = 0
         self._window: deque[_Mark] = deque()
         self._first: _Mark | None = None
         self._values: dict[str, float] = {}
@@ -191,6 +194,13 @@ class Progress:
             layout: dict[str, Any] = {"bar_format": "{bar} {desc}", "ncols": _columns(self._stream)}
             self._bar = _Bar(total=total_steps, initial=start_step, file=self._stream, **layout)
             self._draw(["compiling"])
+
+    def change_cost(self, tokens_per_step: int, flops_per_step: float | None) -> None:
+        """Say that steps from here on are of another size; rates start anew."""
+        self._tokens = tokens_per_step
+        self._mfu_per_rate = flops_per_step / self._peak_flops if flops_per_step and self._peak_flops else None
+        while len(self._window) > 1:
+            self._window.popleft()
 
     def start_clock(self, step: int) -> None:
         """Say that ``step`` steps are done, among them the first of this run, which compiles. Optional."""
@@ -245,12 +255,11 @@ class Progress:
         if not steps:
             lines = [f"nothing to train: step {self._step} of {self._total} was reached before"]
         else:
-            tokens = _count(steps * self._tokens)
-            lines = [f"{steps} steps in {_duration(self._clock() - self._began)}, {tokens} tokens"]
+            lines = [f"{steps} steps in {_duration(self._clock() - self._began)}, {_count(self._tokens_done)} tokens"]
             if self._first is not None and self._window[-1].seconds > self._first.seconds:
                 last = self._window[-1]
-                rate = (last.step - self._first.step) / (last.seconds - self._first.seconds)
-                lines[0] += f", {_count(rate * self._tokens)} tokens/s (compilation, evaluation and checkpoints apart)"
+                rate = (last.tokens - self._first.tokens) / (last.seconds - self._first.seconds)
+                lines[0] += f", {_count(rate)} tokens/s (compilation, evaluation and checkpoints apart)"
         if self._values:
             lines.append("last: " + "  ".join(f"{name} {value:#.4g}" for name, value in self._values.items()))
         if checkpoints is not None:
@@ -264,7 +273,8 @@ class Progress:
             self._bar = None
 
     def _mark(self, step: int) -> None:
-        mark = _Mark(step, self._clock() - self._paused, self._waited)
+        self._tokens_done += (step - self._step) * self._tokens
+        mark = _Mark(step, self._clock() - self._paused, self._waited, self._tokens_done)
         self._step, self._first = step, self._first or mark
         self._window.append(mark)
         while len(self._window) > 2 and mark.seconds - self._window[1].seconds >= WINDOW_SECONDS:

@@ -188,12 +188,13 @@ class Recorder:
         if self._leads:
             self._file.truncate_after(start)
             self._board = open_tensorboard(workdir / "tensorboard", start) if config.log.tensorboard else None
+        self._task, self._cost = task, task.cost(start)
         self._progress = Progress(
             total_steps=config.train.num_steps,
             start_step=start,
             examples_per_step=config.train.batch_size,
-            tokens_per_step=task.tokens_per_step,
-            flops_per_step=task.flops_per_step,
+            tokens_per_step=self._cost.tokens,
+            flops_per_step=self._cost.flops,
             peak_flops=_peak_flops(program.mesh),
             silent=not self._leads,
         )
@@ -249,6 +250,9 @@ class Recorder:
             rates = self._progress.update(step, shown, self._wait)
             self._write(step, means | rates)
             self._interval, self._wait = [], 0.0
+            if self._task.cost(step) != self._cost:
+                self._cost = self._task.cost(step)
+                self._progress.change_cost(self._cost.tokens, self._cost.flops)
 
     def _fail(self, step: int, scalars: Mapping[str, float], squares: Any) -> None:
         bad = first_bad_parameter(self._abstract_params, squares)

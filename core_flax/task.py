@@ -27,6 +27,20 @@ class Evaluator:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Size of one training step.
+
+    Attributes:
+      tokens: positions of the global batch, padding included.
+      flops: floating point operations of the model, forward and backward, as the matrix products of the architecture
+        need them (no recomputation counted); 0: unknown.
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
 class Task:
     """One workload.
 
@@ -40,9 +54,7 @@ class Task:
       param_rules: how each parameter is named, sharded and optimised.
       axis_fields: logical axis -> the config field that sets its size, for messages.
       evaluators: by name; the first one's objective ranks checkpoints.
-      flops_per_step: floating point operations of the model in one training step, forward and backward, as the
-        matrix products of the architecture need them (no recomputation counted).
-      tokens_per_step: positions of the batch, padding included.
+      cost: step -> what that training step amounts to; most tasks have one for all steps.
     """
 
     init: Callable[[Array], Params]
@@ -52,5 +64,4 @@ class Task:
     param_rules: tuple[ParamRule, ...]
     axis_fields: Mapping[str, str] = field(default_factory=dict)
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
-    flops_per_step: float = 0.0
-    tokens_per_step: int = 0
+    cost: Callable[[int], Cost] = lambda step: Cost()
