@@ -281,7 +281,7 @@ class Recorder:
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._leads:
-            self._file.write(step, values)
+            self._file.write(step, {**values, "time": round(time.time(), 1)})
         if self._board:
             self._board.write(step, values)
 
