@@ -24,6 +24,7 @@ from core_flax.text.wordpiece import WordPiece
 
 
 def main() -> None:
+    """Compare, print, and write the report if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+")
     parser.add_argument("--vocab", required=True)

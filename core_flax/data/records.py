@@ -295,7 +295,7 @@ class PassageStore:
         return PassageStore, (self.directory, self.split)
 
     def read(self, passages: np.ndarray) -> Passages:
-        """Read passages by their numbers, an int array [n]."""
+        """Read passages by their numbers, an int array [n]. Raises UserError if a shard is damaged."""
         records = self._read_records(np.asarray(passages))
         counts = self.num_sentences[passages]
         lengths = [np.frombuffer(record, "<u2", n, 4) for record, n in zip(records, counts, strict=True)]
@@ -312,7 +312,11 @@ class PassageStore:
         records: list[bytes] = [b""] * len(passages)
         for shard in np.unique(shards):
             rows = np.flatnonzero(shards == shard)
-            found = self._reader(int(shard)).read((passages[rows] - self._first_record[shard]).tolist())
+            try:
+                found = self._reader(int(shard)).read((passages[rows] - self._first_record[shard]).tolist())
+            except RuntimeError as error:  # what ArrayRecord raises when a checksum does not match
+                path = self.directory / self._shards[shard]
+                raise UserError(f"{path} is damaged ({error}); run prepare again with --overwrite") from error
             for row, record in zip(rows, found, strict=True):
                 records[row] = record
         return records
