@@ -9,9 +9,9 @@ demo: .venv/ready
 	$(BIN)/bert-flax pretrain bert_demo --workdir runs/demo
 	$(BIN)/bert-flax evaluate --workdir runs/demo
 	$(BIN)/bert-flax fill-mask --workdir runs/demo --top 3 \
-	  "The [MASK] statement is used for exception handling." \
 	  "If the expression is true, the [MASK] clause is executed." \
-	  "A function definition defines a user-defined function [MASK]."
+	  "A function definition defines a user-defined function [MASK]." \
+	  "Changed in version [MASK].8"
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest tests

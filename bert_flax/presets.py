@@ -54,16 +54,20 @@ def bert_large() -> PretrainConfig:
 
 
 def bert_demo() -> PretrainConfig:
-    """2 layers, 128 wide, on the text that Python ships: learns in two minutes on 2 cores."""
+    """2 layers, 128 wide, 64 tokens long: learns from the text that Python ships in two minutes on 2 cores.
+
+    ``bert-flax pretrain bert_demo --workdir runs/demo``; held-out figures and time in docs/results/bert_demo.md. Muon
+    rather than the paper's AdamW, and no dropout: in so few steps it gets twice as far below the unigram baseline.
+    """
     return PretrainConfig(
         model=BertConfig(
             num_layers=2, width=128, num_heads=4, mlp_width=512, max_length=64, dropout=0.0, attention_dropout=0.0
         ),
         inputs=InputsConfig(length=64, max_predictions=10),
-        optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.98),
+        optimizer=OptimizerConfig(name="muon", learning_rate=4e-3, beta2=0.98),
         schedule=ScheduleConfig(name="linear", warmup_steps=100),
-        train=TrainConfig(num_steps=1500, batch_size=32, eval_every_steps=500),
-        checkpoint=CheckpointConfig(every_steps=500),
+        train=TrainConfig(num_steps=1200, batch_size=32, eval_every_steps=400),
+        checkpoint=CheckpointConfig(every_steps=400),
     )
 
 
