@@ -92,7 +92,7 @@ class PairExamples:
 
     A passage of T tokens gives max(1, round(T / (0.75 * (length - 3)))) examples: slots, spaced evenly over its tokens.
     An example begins with the sentence in which its slot begins; all slots of a passage are shifted by a phase that is
-    drawn each epoch.
+    drawn each epoch, up to half a slot in either direction (what would begin before the passage begins with it).
 
     Attributes:
         num_examples: examples per epoch.
@@ -165,7 +165,7 @@ class PairExamples:
         row, other_row = np.split(np.arange(len(passage) + len(other)), [len(passage)])
 
         # A and what follows it: sentences from the slot on until they reach the target, but two at least.
-        phase = order.uniform(order.stream(self.seed, epoch, passage, 1), _Draw.PHASE)
+        phase = order.uniform(order.stream(self.seed, epoch, passage, 1), _Draw.PHASE) - 0.5
         last = text.first_sentence[row + 1] - 1
         start = np.minimum(self._start(text, row, passage, indices, phase), last - 1)
         begin, target = text.begin(start), self._target(key)
@@ -173,9 +173,11 @@ class PairExamples:
         num_sentences = 1 + order.integers(key, _Draw.SENTENCES_IN_A, stop - start - 1)
         middle, end = text.begin(start + num_sentences), text.begin(stop)
 
-        # B if it is random: sentences of another document until A and B reach the target, but one at least.
+        # B if it is random: sentences of another document until A and B reach the target, but one at least. It begins
+        # with no passage's first sentence, since a true B never does: that would give the answer away.
         jitter = order.uniform(key, _Draw.OTHER_START)[is_random]
         b_start = self._start(text, other_row, other, other_slot, jitter)
+        b_start = np.maximum(b_start, text.first_sentence[other_row] + 1)
         b_begin, b_size = text.begin(b_start), np.maximum(1, (target - (middle - begin))[is_random])
         b_stop = np.minimum(
             np.searchsorted(text.sentence_ends, b_begin + b_size) + 1, text.first_sentence[other_row + 1]
@@ -205,7 +207,7 @@ class PairExamples:
         first, end = self._first_slot[passage], self._first_slot[passage + 1]
         num_tokens = self.store.num_tokens[passage]
         offset = ((slot - first + phase) / (end - first) * num_tokens).astype(np.int64)
-        offset = np.minimum(offset, num_tokens - 1)  # should the quotient have been rounded up to 1
+        offset = np.clip(offset, 0, num_tokens - 1)
         return np.searchsorted(text.sentence_ends, text.first_token[row] + offset, side="right")
 
     def _target(self, key: np.ndarray) -> np.ndarray:
