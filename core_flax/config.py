@@ -96,7 +96,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and which stay. The last step, a signal and an error of the loop save as well."""
+    """When checkpoints are written and which stay. The last step and a signal save as well."""
 
     every_steps: int = 1000
     """Steps between checkpoints; 0: none by steps."""
