@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import re
@@ -12,16 +13,34 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from core_flax.signals import EXIT_INTERRUPTED, Interrupted
+from core_flax.signals import Stopped
 from core_flax.types import UserError
 
 T = TypeVar("T")
 
 Command = Callable[[Sequence[str]], None]
 
+_NOT_OURS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+"""What the system says of a folder that cannot be written as the user asked. Any other failure is ours to look into."""
+
 
 def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs ``prog COMMAND ...`` and exits: 0 done, 2 the user's mistake (one line), 75 interrupted and saved.
+    """Runs ``prog COMMAND ...`` and exits with a status that tells what happened, and one line unless all went well.
+
+    0 done; 2 a mistake of the user's, or a disk that is full or cannot be written; 70 a loss or gradient is no longer
+    finite (the last good checkpoint stays); 75 interrupted and saved (run the same command again); 128 + n ended at
+    once by signal n; 1, with a traceback, a mistake of ours.
 
     Args:
       prog: name of the program, for messages.
@@ -40,9 +59,9 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Interrupted as stop:
+    except Stopped as stop:
         print(f"{prog}: {stop}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -50,6 +69,11 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
         # The reader of our output has gone (| head): nothing is wrong, and nothing can be told to anyone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+        print(f"{prog}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 

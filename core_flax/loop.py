@@ -20,18 +20,20 @@ from core_flax.logs import MetricsFile, Progress, open_tensorboard
 from core_flax.optim import make_optimizer
 from core_flax.params import count
 from core_flax.schedule import make_schedule
-from core_flax.signals import Interrupted, StopFlag, stop_on_signal
+from core_flax.signals import EXIT_NOT_FINITE, Interrupted, StopFlag, Stopped, stop_on_signal
 from core_flax.state import TrainState
 from core_flax.step import Metrics, first_bad_parameter, make_train_step
 from core_flax.task import Task
-from core_flax.types import Batch, UserError
+from core_flax.types import Batch
 
 HIDDEN = ("gradient_norm", "update_norm", "learning_rate")
 """Figures that are written to metrics.jsonl and TensorBoard but not shown in the progress line."""
 
 
-class NotFiniteError(UserError):
+class NotFiniteError(Stopped):
     """A loss or gradient became NaN or infinite. No remedy is certain, but nothing good was overwritten."""
+
+    status = EXIT_NOT_FINITE
 
 
 @dataclass(frozen=True)
