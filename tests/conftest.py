@@ -35,6 +35,7 @@ TINY = {
     "optimizer.learning-rate": 3e-3,
     "schedule.warmup-steps": 2,
     "schedule.total-steps": 20,
+    "schedule.final-fraction": 0.1,
     "train.num-steps": 6,
     "train.batch-size": 8,
     "train.eval-every-steps": 0,
