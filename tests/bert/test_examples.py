@@ -145,15 +145,33 @@ def test_pairs_are_whole_sentences_unless_cut_to_fit(train, vocabulary):
     assert num_whole > 20
 
 
+def test_where_a_ends_is_drawn_evenly(train, vocabulary):
+    batch = many(make(train, vocabulary, length=512, short_rate=0.0, random_next_rate=0.0), 4)
+    shares = []
+    for a, b in segments_of(batch):
+        in_a, in_b = (len(np.unique(SENTENCE[part])) for part in (a, b))
+        if in_a + in_b > 20:
+            shares.append(in_a / (in_a + in_b))
+    counts = np.histogram(shares, bins=4, range=(0, 1))[0]
+    assert counts.sum() > 300 and (np.abs(counts / counts.sum() - 0.25) < 0.08).all()
+
+
+def test_random_seconds_never_begin_where_true_ones_cannot(train, vocabulary):
+    batch = many(make(train, vocabulary, random_next_rate=1.0))
+    firsts = [0, *np.cumsum(train.num_sentences)]
+    assert not {SENTENCE[b[0]] for _, b in segments_of(batch)} & set(firsts)
+
+
 def test_cut_pairs_are_balanced_and_cut_at_both_ends(train, vocabulary):
     batch = many(make(train, vocabulary, length=16, max_predictions=2, short_rate=0.0))
     begins, ends = (np.flatnonzero(np.diff(SENTENCE, **{side: -1})) for side in ("prepend", "append"))
     pairs = segments_of(batch)
     full = [(a, b) for a, b in pairs if len(a) + len(b) == 13]
     assert len(full) > 0.9 * len(pairs)
-    front = np.mean([a[0] not in begins for a, _ in full])
-    back = np.mean([b[-1] not in ends for _, b in full])
-    assert 0.3 < front < 0.9 and 0.3 < back < 0.9
+    for number in range(2):
+        cut = [(part[0] not in begins, part[-1] not in ends) for part in (pair[number] for pair in full)]
+        front, back = np.mean([one for one in cut if any(one)], axis=0)
+        assert 0.6 < front < 0.9 and 0.6 < back < 0.9  # both, more often than not
     # Only the longer one is cut: one with fewer than half of the tokens is whole.
     assert all(a[0] in begins and a[-1] in ends for a, b in full if len(a) < 6)
     assert all(b[0] in begins and b[-1] in ends for a, b in full if len(b) < 6)
@@ -251,6 +269,20 @@ def test_whole_words_are_masked_whole(train, vocabulary):
             assert len(chosen & set(word)) in (0, len(word))
             num_long += len(word) > 2 and word[0] in chosen
     assert num_long > 100
+
+
+def test_a_cut_word_at_the_beginning_of_a_segment_is_a_word(train, vocabulary):
+    examples = make(train, vocabulary, length=8, max_predictions=5, mask_rate=0.5, whole_word=True)
+    examples._continues_word = np.ones(vocabulary.num_tokens, bool)  # so each segment is the rest of one long word
+    batch = many(examples, 1)
+    for (a, b), chosen, weights in zip(
+        segments_of(batch), batch["masked_positions"], batch["masked_weights"], strict=True
+    ):
+        wanted = round(0.5 * (len(a) + len(b) + 3))
+        words = [list(range(1, 1 + len(a))), list(range(2 + len(a), 2 + len(a) + len(b)))]
+        possible = [word for word in words if len(word) <= wanted]
+        found = chosen[weights > 0].tolist()
+        assert found in possible or (len(a) + len(b) <= wanted and found == words[0] + words[1]), (found, words)
 
 
 def test_everything_is_drawn_anew_each_epoch(train, vocabulary):
