@@ -327,7 +327,7 @@ def _write(config: PrepareConfig, vocabulary: WordPiece, held_out: _HeldOut) -> 
     """Encode everything and give it to the writers, in order. Returns the number of documents that were dropped."""
     encoder = _Encoder(vocabulary, config.sentences, config.single_sentence_documents)
     blocks = _blocks(_read(config, "2/2 encoding"))
-    num_workers = config.num_workers or len(os.sched_getaffinity(0))
+    num_workers = config.num_workers or _num_cores()
     encoded = ordered_map(encoder, blocks, num_processes=num_workers if num_workers > 1 else 0, ahead=num_workers + 2)
     dropped, current, writer = 0, -1, None
     for block in encoded:
@@ -340,3 +340,8 @@ def _write(config: PrepareConfig, vocabulary: WordPiece, held_out: _HeldOut) -> 
             writer.write(piece.passages, new_document=new)
             current = piece.document
     return dropped
+
+
+def _num_cores() -> int:
+    """Cores that this process may use; where that is not known (macOS), that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

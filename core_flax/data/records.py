@@ -12,12 +12,13 @@ A record is, little-endian: uint32 number of sentences n, uint16 [n] tokens of e
 tokens, as uint16 if the vocabulary has at most 65536 pieces and else as uint32.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,15 @@ def _serialise(sentences: list[Sequence[int]], dtype: np.dtype) -> Record:
     return Record(data, len(tokens), len(sentences))
 
 
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """ArrayRecord raises RuntimeError where writing fails; to the rest of this code that is an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).split("; at byte")[0]) from error
+
+
 class SplitWriter:
     """Writes the passages of one split in the order given: shards, index and token counts."""
 
@@ -185,7 +195,8 @@ class SplitWriter:
         if self._shard_size + len(data) > _SHARD_BYTES:
             self._close_shard()
         writer = self._writer or self._open_shard()
-        writer.write(data)
+        with _disk_errors():
+            writer.write(data)
         self._shard_size += len(data)
         self._shard_records += 1
 
@@ -198,7 +209,8 @@ class SplitWriter:
     def _close_shard(self) -> None:
         if self._writer is None:
             return
-        self._writer.close()
+        with _disk_errors():
+            self._writer.close()
         self._writer = None
         reader = ArrayRecordReader(str(self._shard_path), _READER_OPTIONS)
         num_records = reader.num_records()
@@ -221,10 +233,12 @@ class SplitWriter:
         return SplitInfo(self._documents, self._passages, self._sentences, self.tokens), files
 
     def abort(self) -> None:
-        """Close the files without completing them."""
-        self._index.close()
+        """Close the files without completing them, whatever state they are in."""
+        with contextlib.suppress(OSError):
+            self._index.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(RuntimeError):
+                self._writer.close()
 
     def _finish_index(self) -> Path:
         path = self._directory / f"{self._split}.index.npy"
