@@ -362,7 +362,8 @@ def main() -> None:
 
 def git(*command: str) -> str:
     """What a git command prints about this repository."""
-    return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True).stdout.rstrip()
+    run = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return run.stdout.rstrip()
 
 
 if __name__ == "__main__":
