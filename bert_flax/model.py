@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ class BertEncoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=cast(Any, nn.broadcast),  # Flax's annotation knows ints alone
             length=config.num_layers,
         )(config, self.dtype)
         self.pooler = Linear((config.width,), kernel_init=config.kernel_init, dtype=self.dtype)

@@ -1,7 +1,7 @@
 """The pretraining task: masked tokens and next sentences, each loss divided by its own weight."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,7 +46,7 @@ def make_task(
     def loss_sums(params: Params, batch: Batch, key: Array | None) -> tuple[Sums, MetricSums]:
         return pretraining_sums(model, params, batch, key)
 
-    def batches(start_step: int, rows: range) -> Iterator[Batch]:
+    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
         make_batch = partial(phases.make_batch, rows=rows)
         return prefetch(make_batch, start_step, config.train.num_steps, num_workers=config.inputs.num_workers)
 

@@ -102,10 +102,11 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
         name = argument.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known and name != "--help":
             raise UserError(f"unknown option {name}{suggest(name, known)}; see {prog} --help")
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, args=list(argv), prog=prog, default=default, description=description or None)
+            return tyro.cli(cls, args=list(argv), prog=prog, description=description or None, **defaults)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

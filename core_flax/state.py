@@ -1,5 +1,7 @@
 """What an optimizer step changes, and all that has to be saved to go on."""
 
+from typing import Any
+
 import flax.struct
 
 from core_flax.types import Array, Params
@@ -16,5 +18,5 @@ class TrainState:
     """Optimizer steps taken: an int32 scalar."""
     params: Params
     """Nested dict of parameters, float32."""
-    opt_state: dict[str, Array]
+    opt_state: Any
     """State of the optimizer: a dict by name of the stage (optax.named_chain)."""

@@ -1,6 +1,6 @@
 """What the training loop needs to know about one workload: a frozen dataclass of pure functions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from core_flax.params import ParamRule
@@ -49,8 +49,8 @@ class Task:
       loss_weights: batch -> the denominator of each loss term, from the data alone.
       loss_sums: (params, batch, key or None) -> (sum of each loss term, metric sums); the key is for dropout, None for
         none. The batch has the field "row", each example's number in the global batch, for ``layers.Dropout``.
-      batches: (start_step, rows) -> endless iterator over the batches from that step on, of which only the given rows
-        of the global batch are wanted on this host. A pure function of the step.
+      batches: (start_step, rows) -> generator of the batches from that step on, of which only the given rows of the
+        global batch are wanted on this host; closing it ends its threads. A pure function of the step.
       param_rules: how each parameter is named, sharded and optimised.
       axis_fields: logical axis -> the config field that sets its size, for messages.
       evaluators: by name; the first one's objective ranks checkpoints.
@@ -60,7 +60,7 @@ class Task:
     init: Callable[[Array], Params]
     loss_weights: Callable[[Batch], Sums]
     loss_sums: Callable[[Params, Batch, Array | None], tuple[Sums, MetricSums]]
-    batches: Callable[[int, range], Iterator[Batch]]
+    batches: Callable[[int, range], Generator[Batch, None, None]]
     param_rules: tuple[ParamRule, ...]
     axis_fields: Mapping[str, str] = field(default_factory=dict)
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)

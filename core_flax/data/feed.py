@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ def prefetch(
     num_threads: int = 2,
     num_workers: int = 0,
     buffer: int = 4,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """The batches of steps ``start_step``, ``start_step + 1``, ... in order, computed ahead.
 
     Since a batch is a pure function of its step there is nothing to save or restore: to resume, start at another step.
@@ -46,7 +46,7 @@ def prefetch(
 
 def ordered_map(
     function: Callable[[T], R], items: Iterable[T], num_threads: int = 0, num_processes: int = 0, ahead: int = 4
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """``map(function, items)`` by several threads or processes (if both are 0: in the caller), at most ``ahead`` early.
 
     ``items`` is read in the calling thread. ``function`` goes to each process once, so it may hold what is large.
