@@ -143,6 +143,23 @@ def test_documents_of_one_sentence(tmp_path, policy, documents, dropped):
         assert [vocabulary.decode(half) for half in sentences[3]] == ["lonely river of", "stone ."]
 
 
+def test_only_sentences_with_tokens_count(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(make_text(4) + "\n\nOne sentence.\n\x07\n")
+    with pytest.raises(UserError, match="one sentence only"):
+        prepare(configure(tmp_path, path, sentences="line"))
+
+
+def test_a_document_is_whole_when_its_sentences_are_counted(tmp_path, monkeypatch):
+    """Two parts of one sentence each, at the end of a block."""
+    monkeypatch.setattr("bert_flax.prepare._BLOCK_CHARACTERS", 1000)
+    monkeypatch.setattr("core_flax.data.corpora._PART_BYTES", 1000)
+    path = tmp_path / "text.txt"
+    path.write_text(make_text(4) + f"\n\n{'river ' * 200}\n{'stone ' * 200}\n")
+    manifest = prepare(configure(tmp_path, path, sentences="line", valid_fraction=0.0))
+    assert manifest.splits["train"].documents == 5
+
+
 def test_a_given_vocabulary_is_used(tmp_path, text_file):
     vocabulary = WordPiece([*SPECIALS, *WORDS, "."], lowercase=False)
     vocabulary.save(tmp_path / "vocab.txt")

@@ -84,10 +84,11 @@ def test_closing_ends_threads_and_processes():
         assert not multiprocessing.active_children()
 
 
-def test_processes_share_the_work_and_get_the_function_once():
-    found = list(ordered_map(process_id, range(40), num_processes=2, ahead=8))
-    assert [item for _, item in found] == list(range(40))
-    assert os.getpid() not in {pid for pid, _ in found}
+def test_processes_do_the_work():
+    for results in (ordered_map(process_id, range(40), num_processes=2), prefetch(process_id, 0, 40, num_workers=2)):
+        found = list(results)
+        assert [item for _, item in found] == list(range(40))
+        assert os.getpid() not in {pid for pid, _ in found}
 
 
 def test_a_dead_worker_is_reported():

@@ -73,6 +73,7 @@ def test_random_access_in_any_order(tmp_path, monkeypatch):
     found = store.read(wanted)
     for row, number in enumerate(wanted):
         assert sentences_of(found, row) == sentences_of(everything, number)
+    assert store._reader(2) is store._reader(2), "shards stay open"
     begins = found.begin(np.arange(len(found.sentence_ends) + 1))
     assert begins.tolist() == [0, *found.sentence_ends]
 
@@ -111,6 +112,7 @@ def test_passages_are_bounded_and_have_a_next_sentence():
         ([3, 1], [[3, 1]]),
         ([2500], [[1024, 1024, 452]]),
         ([1000] * 4, [[1000] * 4]),
+        ([1024] * 4, [[1024] * 4]),
         ([1000] * 5, [[1000] * 3, [1000] * 2]),
         ([1000] * 6, [[1000] * 4, [1000] * 2]),
     ],
