@@ -18,6 +18,12 @@ from core_flax.types import UserError
 CONFIG_FORMAT = 1
 
 
+def _at_least(section: str, config: Any, **least: int) -> None:
+    for name, bound in least.items():
+        if not getattr(config, name) >= bound:
+            raise UserError(f"--{section}.{name.replace('_', '-')} {getattr(config, name)}: must be {bound} or more")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients become updates. A field left at None takes the optimizer's published default."""
@@ -79,6 +85,10 @@ class TrainConfig:
 
     FREE: ClassVar = frozenset({"num_steps", "num_microbatches", "eval_every_steps", "eval_batches"})
 
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        _at_least("train", self, num_steps=1, batch_size=1, num_microbatches=1, eval_every_steps=0, eval_batches=0)
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -109,6 +119,10 @@ class CheckpointConfig:
 
     FREE: ClassVar = frozenset({"every_steps", "every_minutes", "keep_last", "keep_best"})
 
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range; Checkpoints checks what is to be kept."""
+        _at_least("checkpoint", self, every_steps=0, every_minutes=0)
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -120,6 +134,10 @@ class LogConfig:
     """Write TensorBoard files under WORKDIR/tensorboard, if the package tensorboard is installed."""
 
     FREE: ClassVar = frozenset({"every_steps", "tensorboard"})
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        _at_least("log", self, every_steps=1)
 
 
 @dataclass(frozen=True)
