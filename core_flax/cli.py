@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import itertools
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ from core_flax.types import UserError
 T = TypeVar("T")
 
 Command = Callable[[Sequence[str]], None]
+
+_RULE = re.compile(r"[─-]{3,}$")
 
 _NOT_OURS = {
     errno.ENOSPC,
@@ -128,12 +131,12 @@ def option_names(cls: Any, prefix: str = "--") -> set[str]:
 
 
 def _first_sentence(box: str) -> str:
-    """What is wrong, from tyro's boxed message: the lines up to its first rule, as one line."""
-    lines = []
-    for line in box.splitlines():
-        if re.match(r"^[│|]\s*[─-]{3,}", line):
-            break
-        if line.startswith("│"):
-            lines.append(line.strip("│ ").strip())
-    text = " ".join(line for line in lines if line)
+    """What is wrong, from tyro's message: the lines between its title and the rule that follows them, as one line.
+
+    On a terminal without box characters a rule stands under the title as well.
+    """
+    lines = [line.strip("│╰╯ ") for line in box.splitlines()[1:]]
+    if lines and _RULE.match(lines[0]):
+        lines = lines[1:]
+    text = " ".join(line for line in itertools.takewhile(lambda line: not _RULE.match(line), lines) if line)
     return text.rstrip(".:") or "the options cannot be read"
