@@ -1,6 +1,7 @@
 """A run's folder: the settings and the vocabulary it was started with, its data, its checkpoints."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from bert_flax.prepare import PrepareConfig, prepare
 from bert_flax.pretrain import make_task
 from core_flax import config as configs
 from core_flax.checkpoint import load_params
+from core_flax.config import MeshConfig
 from core_flax.data.records import Manifest, PassageStore
 from core_flax.evaluate import make_evaluate
-from core_flax.loop import train
-from core_flax.sharding import make_mesh
+from core_flax.loop import make_program, train
+from core_flax.sharding import make_mesh, replicated
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
 
@@ -34,7 +36,8 @@ class PretrainCommand(PretrainConfig):
     workdir: str
     """Folder of the run: settings, checkpoints, metrics.jsonl. A run that is there already is resumed."""
     data: str | None = None
-    """Folder made by bert-flax prepare; None: the text that Python ships, prepared under the workdir."""
+    """Folder made by bert-flax prepare; None: that of the run to resume, or the text that Python ships, prepared under
+    the workdir."""
 
     @classmethod
     def of(cls, config: PretrainConfig) -> "PretrainCommand":
@@ -70,9 +73,9 @@ class Run:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
         return cls(folder, configs.from_dict(PretrainConfig, stored["config"]), vocabulary, Path(stored["data"]))
 
-    def params(self, step: int | None = None) -> tuple[Params, int]:
-        """(parameters, step) of a checkpoint, the newest if step is None."""
-        return load_params(self.workdir / "checkpoints", step)
+    def params(self, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> tuple[Params, int]:
+        """(parameters, step) of a checkpoint, the newest if step is None; on the first device without a sharding."""
+        return load_params(self.workdir / "checkpoints", step, sharding)
 
     def save(self) -> None:
         """Write vocabulary and settings; config.json last, since it makes the folder a run."""
@@ -104,18 +107,19 @@ def pretrain(command: PretrainCommand, preset: PretrainConfig) -> None:
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
     workdir = Path(command.workdir)
-    data = Path(command.data) if command.data else _own_text(workdir)
+    _check_length(command.config)
+    old = Run.load(command.workdir) if (workdir / CONFIG).exists() else None
+    data = Path(command.data) if command.data else old.data if old else _own_text(workdir)
     store = PassageStore(data, "train")
     vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
     config = _with_vocabulary(command.config, preset, vocabulary)
-    _check_length(config)
-    make_mesh(config.mesh)  # refuse what does not fit these devices before anything is written
     run = Run(workdir, config, vocabulary, data.absolute())
-    if (workdir / CONFIG).exists():
-        _check_resumable(Run.load(command.workdir), run)
+    if old:
+        _check_resumable(old, run)
     task = make_task(config, store, _held_out(data), vocabulary)
+    program = make_program(task, config)  # refuses what does not fit the devices before anything is written
     run.save()
-    train(task, config, workdir)
+    train(task, config, program, workdir)
 
 
 def _own_text(workdir: Path) -> Path:
@@ -177,8 +181,11 @@ def evaluate(workdir: str, data: str | None, step: int | None) -> None:
     if held_out is None:
         raise UserError(f"{run.data} holds out nothing: prepare it with --valid-fraction above 0")
     task = make_task(run.config, store, held_out, run.vocabulary)
-    params, step = run.params(step)
-    metrics = make_evaluate(task.evaluators["held_out"], make_mesh(run.config.mesh))(params)
+    # On any number of devices, whatever the run had: as many as divide the batch, parameters whole on each.
+    num_devices = math.gcd(run.config.train.batch_size, jax.device_count())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+    params, step = run.params(step, replicated(mesh))
+    metrics = make_evaluate(task.evaluators["held_out"], mesh)(params)
     print_held_out(metrics, step)
 
 

@@ -80,18 +80,23 @@ def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None
     )
 
 
-def train(task: Task, config: RunConfig, workdir: Path) -> dict[str, float]:
+def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dict[str, float]:
     """Trains to config.train.num_steps, from the newest checkpoint in workdir if there is one.
+
+    Args:
+      task: what is trained.
+      config: its settings.
+      program: from ``make_program``, which refuses settings that cannot be, before anything is written.
+      workdir: folder of the run: checkpoints, metrics.jsonl, TensorBoard files.
 
     Returns:
       The held-out metrics of the last step, by the task's first evaluator; empty where the task has none.
 
     Raises:
-      UserError: settings that cannot be, a full disk, no good checkpoint left.
+      UserError: a full disk, no good checkpoint left.
       NotFiniteError: the loss or a gradient is no longer a finite number.
       Interrupted: a signal came; the state is saved.
     """
-    program = make_program(task, config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(program.mesh))
         stop = stack.enter_context(stop_on_signal())
