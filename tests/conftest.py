@@ -76,14 +76,14 @@ class BertFlax:
 
     data: Path
 
-    def start(self, *argv, num_devices=1, **options) -> subprocess.Popen:
-        """Start a command; its output is text. ``options`` go to Popen."""
+    def start(self, *argv, max_file_kb=None) -> subprocess.Popen:
+        """Start a command; its output is text. ``max_file_kb``: how far a file may grow, as on a disk almost full."""
         env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
-        if num_devices > 1:
-            env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "NPROC": "16"}
         command = [sys.executable, "-m", "bert_flax.cli", *map(str, argv)]
+        if max_file_kb is not None:
+            command = ["bash", "-c", 'ulimit -S -f "$0"; exec "$@"', str(max_file_kb), *command]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=env, text=True, **(pipes | options))
+        return subprocess.Popen(command, env=env, text=True, **pipes)
 
     def run(self, *argv, **options) -> subprocess.CompletedProcess:
         """Run a command to its end."""
@@ -93,9 +93,10 @@ class BertFlax:
 
     def pretrain(self, workdir, **changes) -> list[str]:
         """Arguments that pretrain the tiny model; ``changes`` to its options are ``train__num_steps=8``."""
-        options = TINY | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+        defaults = {"workdir": workdir, "data": self.data} | TINY
+        options = defaults | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
         flags = [f"--{name}={value}" for name, value in options.items()]
-        return ["pretrain", "bert_tiny", f"--workdir={workdir}", f"--data={self.data}", *flags]
+        return ["pretrain", "bert_tiny", *flags]
 
 
 @pytest.fixture(scope="session")

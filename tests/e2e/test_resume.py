@@ -29,7 +29,7 @@ def arrays(workdir, step):
 def curve(workdir):
     """What metrics.jsonl says of each step, without times."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = {"sequences_per_second", "tokens_per_second", "data_wait"}
+    timed = {"time", "sequences_per_second", "tokens_per_second", "data_wait"}
     return [{name: value for name, value in record.items() if name not in timed} for record in records]
 
 

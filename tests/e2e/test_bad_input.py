@@ -1,0 +1,219 @@
+"""A user's mistake ends in one line and exit status 2; nothing is lost or half-written."""
+
+import json
+import shutil
+
+import pytest
+
+from bert_flax.prepare import PrepareConfig, prepare
+from core_flax.checkpoint import list_steps
+
+
+@pytest.fixture
+def refuse(call):
+    """Runs a command that must be refused; returns its one line."""
+
+    def refuse(*argv) -> str:
+        done = call(*argv)
+        assert done.returncode == 2, done
+        assert done.stdout == ""
+        assert done.stderr.startswith("bert-flax: error: ") and done.stderr.count("\n") == 1
+        return done.stderr
+
+    return refuse
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of a finished run, and a check that nothing in it changes."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    yield workdir
+    assert contents(workdir) == contents(finished_run)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def losses(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="session")
+def other_data(tmp_path_factory, corpus):
+    """Part of the text, so another tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(corpus.read_text().split("\n\n")[:8]))
+    settings = {"vocab_size": 120, "valid_fraction": 0.2, "num_workers": 1}
+    prepare(PrepareConfig((str(text),), str(folder / "data"), **settings))
+    return folder / "data"
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "text.txt does not exist"),
+        (b"", "text.txt holds no text"),
+        (b" \n\n", "text.txt holds no text"),
+        ("One caf\xe9. Two caf\xe9s.\n".encode("latin-1"), "text.txt:1 is not UTF-8"),
+        (b"A sentence. And another.\n\nOnly one here.\n\nTwo of them. Indeed.\n", "one sentence only"),
+        (b"A document. It is alone.\n", "the input is 1 document"),
+    ],
+    ids=["missing", "empty", "blank", "latin-1", "single sentence", "single document"],
+)
+def test_text(refuse, call, bert_flax, corpus, tmp_path, content, message):
+    text, output = tmp_path / "text.txt", tmp_path / "data"
+    if content is not None:
+        text.write_bytes(content)
+    command = ["prepare", "--input", text, "--output", output, "--vocab-size", 100, "--num-workers", 1]
+    assert message in refuse(*command)
+    assert not (output / "manifest.json").exists()
+    assert f"data folder {output} is " in refuse(*bert_flax.pretrain(tmp_path / "run", data=output))
+    shutil.copy(corpus, text)  # the mistake is mended, and the same command runs
+    assert call(*command).returncode == 0
+    assert (output / "manifest.json").exists()
+
+
+def test_a_vocabulary_without_mask(refuse, corpus, tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n")
+    line = refuse("prepare", "--input", corpus, "--output", tmp_path / "data", "--vocab", vocab)
+    assert f"{vocab} lacks [MASK]" in line
+    assert not (tmp_path / "data").exists()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs__length": 64}, "--inputs.length 64 exceeds --model.max-length 32"),
+        ({"model__num_heads": 5}, "--model.num-heads 5 does not divide --model.width 32"),
+        ({"train__batch_size": 6}, "--train.batch-size 6 does not divide by 1 microbatches x 4 devices"),
+        ({"train__num_microbatches": 3}, "--train.batch-size 8 does not divide by 3 microbatches"),
+        ({"mesh__fsdp": 3}, "4 devices"),
+        ({"model__vocab_size": 50}, "--model.vocab-size 50"),
+        ({"train__num_steps": -1}, "train.num"),
+        ({"train__batch_size": 0}, "batch"),
+        ({"log__every_steps": -1}, "log.every"),
+        ({"optimizer__name": "adam"}, "adamw"),
+        ({"train__num_steps": "many"}, "many"),
+        ({"schedule__total_steps": 3, "schedule__final_fraction": 0}, "schedule.total"),
+    ],
+    ids=str,
+)
+def test_settings(refuse, bert_flax, tmp_path, changes, message):
+    workdir = tmp_path / "run"
+    assert message in refuse(*bert_flax.pretrain(workdir, **changes))
+    assert not workdir.exists()
+
+
+def test_a_length_that_no_preset_takes(refuse, bert_flax, tmp_path):
+    line = refuse("pretrain", "bert_base", f"--workdir={tmp_path}", f"--data={bert_flax.data}", "--inputs.length=513")
+    assert "--inputs.length 513 exceeds --model.max-length 512" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        (["pretrain", "--train.num-step=5"], "--train.num-steps"),
+        (["pretrain", "--checkpoint.every_step", "5"], "--checkpoint.every-steps"),
+        (["prepare", "--vocab-sise=5"], "--vocab-size"),
+        (["evaluate", "--workdr=x"], "--workdir"),
+        (["pretrian"], "pretrain"),
+        (["fillmask"], "fill-mask"),
+        (["pretrain", "bert_bse"], "bert_base"),
+    ],
+    ids=str,
+)
+def test_a_misspelt_word_is_corrected(refuse, argv, suggestion):
+    assert f"did you mean {suggestion}?" in refuse(*argv)
+
+
+def test_a_missing_option_is_named(refuse):
+    assert "--workdir" in refuse("pretrain", "bert_tiny")
+
+
+# Folders
+
+
+def test_data_of_another_tokenizer(refuse, bert_flax, run, other_data):
+    assert "another tokenizer" in refuse(*bert_flax.pretrain(run, data=other_data))
+    assert "another tokenizer" in refuse("evaluate", "--workdir", run, "--data", other_data)
+
+
+def test_data_that_is_not_there(refuse, bert_flax, tmp_path):
+    line = refuse(*bert_flax.pretrain(tmp_path / "run", data=tmp_path / "nowhere"))
+    assert f"{tmp_path / 'nowhere'} is missing" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_without_a_run(refuse, tmp_path):
+    for command in (["evaluate"], ["fill-mask", "The [MASK]."]):
+        assert f"{tmp_path} holds no run" in refuse(*command, "--workdir", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_cannot_be(refuse, bert_flax, corpus):
+    assert str(corpus) in refuse(*bert_flax.pretrain(corpus / "run"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("The river sees.", "there is no [MASK]"), ("the river " * 20 + "[MASK]", "tokens is longer than the 30")],
+    ids=["no mask", "too long"],
+)
+def test_text_to_fill(refuse, run, text, message):
+    assert message in refuse("fill-mask", "--workdir", run, text)
+
+
+def test_a_checkpoint_that_is_not_there(refuse, run):
+    for command in (["evaluate"], ["fill-mask", "The [MASK]."]):
+        assert "no checkpoint of step 5; it has 4, 6" in refuse(*command, "--workdir", run, "--step", 5)
+
+
+# Disks
+
+
+def test_a_full_disk_during_a_checkpoint(bert_flax, finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    command = bert_flax.pretrain(workdir, train__num_steps=10)
+
+    done = bert_flax.run(*command, max_file_kb=100)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "the checkpoint of step 8 could not be written" in done.stderr
+    assert "goes on from step 6" in done.stderr
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+    done = bert_flax.run(*command)
+    assert done.returncode == 0 and "resumes at step 6" in done.stdout and done.stderr == ""
+
+
+def test_a_full_disk_during_a_log_line(bert_flax, tmp_path):
+    """metrics.jsonl outgrows what the disk has left before any checkpoint is due."""
+    command = bert_flax.pretrain(tmp_path, train__num_steps=200, checkpoint__every_steps=0)
+    done = bert_flax.run(*command, max_file_kb=20)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+
+
+def test_a_damaged_newest_checkpoint(bert_flax, finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    largest = max((workdir / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    done = bert_flax.run(*bert_flax.pretrain(workdir))
+    assert done.returncode == 0 and "resumes at step 4" in done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "checkpoint of step 6 is damaged" in done.stderr and "going back to step 4" in done.stderr
+    assert list_steps(workdir / "checkpoints") == [4, 6]
+    before, after = (losses(folder) for folder in (finished_run, workdir))
+    assert after == before and len(after) == 6
