@@ -71,7 +71,8 @@ class Run:
         vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
         if vocabulary.fingerprint != stored["tokenizer"]:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
-        return cls(folder, configs.from_dict(PretrainConfig, stored["config"]), vocabulary, Path(stored["data"]))
+        config = configs.from_dict(PretrainConfig, stored["config"])
+        return cls(folder, config, vocabulary, folder.absolute() / stored["data"])
 
     def params(self, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> tuple[Params, int]:
         """(parameters, step) of a checkpoint, the newest if step is None; on the first device without a sharding."""
@@ -80,12 +81,16 @@ class Run:
     def save(self) -> None:
         """Write vocabulary and settings; config.json last, since it makes the folder a run."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        self.vocabulary.save(self.workdir / VOCAB)
+        home = self.workdir.absolute()  # the folder of a run may be moved, with the data that is in it
+        data = self.data.relative_to(home) if self.data.is_relative_to(home) else self.data
+        partial = self.workdir / "vocab.tmp"
+        self.vocabulary.save(partial)
+        partial.replace(self.workdir / VOCAB)
         configs.save(
             self.workdir / CONFIG,
             KIND,
             self.config,
-            data=str(self.data),
+            data=str(data),
             tokenizer=self.vocabulary.fingerprint,
             lowercase=self.vocabulary.lowercase,
         )
