@@ -68,7 +68,10 @@ def _pretrain(argv: Sequence[str]) -> None:
     preset = PRESETS[name or "bert_demo"]
     default = PretrainCommand.of(preset())
     rest = argv[1:] if name else argv
-    doc = f"Pretrains, or resumes, in --workdir. Preset {preset.__name__}: {preset.__doc__}"
+    doc = (
+        f"{PROG} pretrain [PRESET] [options] pretrains, or resumes, in --workdir. Presets: {', '.join(PRESETS)}. "
+        f"Preset {preset.__name__}: {preset.__doc__}"
+    )
     command = cli.parse(PretrainCommand, rest, f"{PROG} pretrain {preset.__name__}", default, doc)
     keep_freed_memory()
     pretrain(command, preset())
