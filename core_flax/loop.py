@@ -142,7 +142,7 @@ def _steps(
                 recorder.flush()  # a state is saved only when its step is known to be finite
                 with recorder.pause("saving"):
                     saver.save(state, held_out)
-            if stop.signal is not None:
+            if stop.signal is not None and step < last:
                 saver.checkpoints.wait()
                 raise Interrupted(f"{stop.signal.name}: step {step} is saved; run the same command to resume")
     recorder.flush()
@@ -186,6 +186,7 @@ class Recorder:
         self._config = config
         self._mesh = program.mesh
         self._workdir = workdir
+        self._start = start
         self._evaluators = {name: make_evaluate(each, program.mesh) for name, each in task.evaluators.items()}
         self._objectives = {name: each.objective for name, each in task.evaluators.items()}
         self._abstract_params = program.abstract_state.params
@@ -277,7 +278,8 @@ class Recorder:
             for name, evaluate in self._evaluators.items():
                 metrics = evaluate(params)
                 held_out = held_out or {"loss": metrics[self._objectives[name]], **metrics}
-                self._write(step, {f"{name}/{key}": value for key, value in metrics.items()})
+                if step > self._start:  # else the run was complete and it has been written
+                    self._write(step, {f"{name}/{key}": value for key, value in metrics.items()})
                 figures = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
                 self._progress.message(f"step {step} {name}: {figures}")
         return held_out
