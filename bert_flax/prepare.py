@@ -1,6 +1,7 @@
 """From text to the folder that pretraining reads: sentences, WordPiece ids, passages, shards and a manifest."""
 
 import fcntl
+import multiprocessing
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -229,7 +230,8 @@ class _Encoder:
     single: Literal["refuse", "drop", "keep"]
 
     def __call__(self, block: list[Part]) -> list[_Encoded]:
-        wordpiece.single_threaded()
+        if multiprocessing.parent_process() is not None:
+            wordpiece.single_threaded()
         split = [split_sentences(part.text, self.sentences) for part in block]
         ids = iter(self._encode([sentence for sentences in split for sentence in sentences]))
         documents: dict[int, list[list[int]]] = {}
