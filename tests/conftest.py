@@ -106,11 +106,11 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, corpus) -> Path:
-    """The corpus, prepared with a vocabulary of 200 pieces."""
+    """The corpus, prepared with a vocabulary of 160 pieces, so that some words are cut."""
     from bert_flax.prepare import PrepareConfig, prepare
 
     folder = tmp_path_factory.mktemp("data") / "data"
-    prepare(PrepareConfig((str(corpus),), str(folder), vocab_size=200, valid_fraction=0.1, num_workers=1))
+    prepare(PrepareConfig((str(corpus),), str(folder), vocab_size=160, valid_fraction=0.1, num_workers=1))
     return folder
 
 
