@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test parity check clean
 
 demo: .venv/ready
 	$(BIN)/bert-flax pretrain bert_demo --workdir runs/demo
@@ -16,10 +16,14 @@ demo: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/python -m pytest tests
 
+# With these two installed, make test also compares with transformers' BERT.
+parity: .venv/ready-dev
+	$(BIN)/pip install -q --disable-pip-version-check "torch==2.13.0" "transformers>=5"
+
 check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 .venv/ready: pyproject.toml

@@ -45,11 +45,11 @@ class BertConfig:
     block from its input."""
 
     def __post_init__(self) -> None:
-        if self.width % self.num_heads:
-            raise UserError(f"--model.num-heads {self.num_heads} does not divide --model.width {self.width}")
         for name in ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_length", "num_segments"):
             if getattr(self, name) < 1:
                 raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        if self.width % self.num_heads:
+            raise UserError(f"--model.num-heads {self.num_heads} does not divide --model.width {self.width}")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
@@ -77,8 +77,12 @@ class Embedding(nn.Module):
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
-        """Scores [..., V] of every entry for x [..., D] (tied weights: Press and Wolf 2017, arXiv 1608.05859)."""
-        return jnp.einsum("...D,VD->...V", x.astype(self.dtype), self.embedding.astype(self.dtype))
+        """Scores [..., V] of every entry for x [..., D] (tied weights: Press and Wolf 2017, arXiv 1608.05859).
+
+        float32 whatever the dtype: rounded to bfloat16, near scores would be ties.
+        """
+        x, table = x.astype(self.dtype), self.embedding.astype(self.dtype)
+        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
 
 class BertEmbeddings(nn.Module):

@@ -1,9 +1,10 @@
 """From text to the folder that pretraining reads: sentences, WordPiece ids, passages, shards and a manifest."""
 
-import fcntl
+import dataclasses
 import multiprocessing
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from core_flax.data import corpora, records
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
+from core_flax.lock import only_writer
 from core_flax.text import wordpiece
 from core_flax.text.sentences import SentenceMode, split_sentences
 from core_flax.text.wordpiece import WordPiece
@@ -79,8 +81,8 @@ def prepare(config: PrepareConfig) -> records.Manifest:
     vocabulary = _check(config)
     settings = _settings(config, vocabulary)
     directory = Path(config.output)
-    if (directory / records.MANIFEST).exists() and not config.overwrite:
-        return _already_prepared(directory, settings)
+    if (directory / records.MANIFEST).exists():
+        return _replace(config) if config.overwrite else _already_prepared(directory, settings)
     with _own_folder(directory):
         try:
             if vocabulary is None:
@@ -89,6 +91,19 @@ def prepare(config: PrepareConfig) -> records.Manifest:
             return _encode(config, vocabulary, settings, directory)
         except OSError as error:
             raise UserError(f"cannot write {directory}: {error.strerror or error}; free space and run again") from error
+
+
+def _replace(config: PrepareConfig) -> records.Manifest:
+    """Prepare beside the complete folder and put the new one in its place: bad input loses nothing."""
+    directory = Path(config.output)
+    new, old = (directory.with_name(f"{directory.name}.{which}") for which in ("new", "old"))
+    manifest = prepare(dataclasses.replace(config, output=str(new), overwrite=False))
+    if old.exists():
+        shutil.rmtree(old)
+    directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old)
+    return manifest
 
 
 def _check(config: PrepareConfig) -> WordPiece | None:
@@ -154,20 +169,15 @@ def _own_folder(directory: Path) -> Iterator[None]:
         foreign = sorted(path.name for path in directory.iterdir() if not _OWN_FILES.fullmatch(path.name))
         if foreign:
             raise UserError(f"{directory} holds other files ({foreign[0]}); give an empty or a new folder as --output")
-        lock = (directory / _LOCK).open("w")
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another prepare is writing to {directory}; wait for it or take another folder") from error
+    refusal = f"another prepare is writing to {directory}; wait for it or take another folder"
+    with only_writer(directory / _LOCK, refusal):
         (directory / records.MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
         for path in directory.iterdir():
             if path.name != _LOCK:
                 path.unlink()
         yield
-        (directory / _LOCK).unlink()
 
 
 def _read(config: PrepareConfig, title: str) -> Iterator[Part]:

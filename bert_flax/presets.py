@@ -16,7 +16,7 @@ def _paper(num_layers: int, width: int) -> PretrainConfig:
     return PretrainConfig(
         model=BertConfig(num_layers=num_layers, width=width, num_heads=width // 64, mlp_width=4 * width),
         inputs=InputsConfig(length=128, max_predictions=20, long_from_step=900_000),
-        optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.01, beta1=0.9, beta2=0.999, epsilon=1e-6),
+        optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.01, epsilon=1e-6),
         schedule=ScheduleConfig(name="linear", warmup_steps=10_000),
         train=TrainConfig(num_steps=1_000_000, batch_size=256, eval_every_steps=10_000, eval_batches=100),
         checkpoint=CheckpointConfig(every_steps=10_000),

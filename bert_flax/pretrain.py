@@ -60,7 +60,14 @@ def make_task(
         # One is added to every count, so that what the training text lacks is not impossible.
         log_unigram_V = np.log((train.unigram + 1) / (train.unigram + 1).sum()).astype(np.float32)
         evaluators["held_out"] = Evaluator(
-            batches=lambda: eval_batches(held_out, vocabulary, config.inputs, batch_size, config.train.eval_batches),
+            batches=lambda: eval_batches(
+                held_out,
+                vocabulary,
+                config.inputs,
+                # What fits in training fits in evaluation; the examples are the same in whatever portions.
+                batch_size // config.train.num_microbatches,
+                config.train.eval_batches * config.train.num_microbatches,
+            ),
             metric_sums=lambda params, batch: held_out_sums(model, params, batch, log_unigram_V),
             objective="mlm_loss",
         )

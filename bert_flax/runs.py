@@ -13,12 +13,14 @@ from bert_flax.config import BertConfig, PretrainConfig
 from bert_flax.model import BertForPreTraining
 from bert_flax.prepare import PrepareConfig, prepare
 from bert_flax.pretrain import make_task
+from bert_flax.sharding import PARAM_RULES
 from core_flax import config as configs
 from core_flax.checkpoint import load_params
 from core_flax.config import MeshConfig
 from core_flax.data.records import Manifest, PassageStore
 from core_flax.evaluate import make_evaluate
-from core_flax.loop import make_program, train
+from core_flax.lock import only_writer
+from core_flax.loop import check_settings, make_program, train
 from core_flax.sharding import make_mesh, replicated
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
@@ -62,6 +64,8 @@ class Run:
     config: PretrainConfig
     vocabulary: WordPiece
     data: Path
+    content: str
+    """Manifest.content of the data."""
 
     @classmethod
     def load(cls, workdir: str) -> "Run":
@@ -72,7 +76,7 @@ class Run:
         if vocabulary.fingerprint != stored["tokenizer"]:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
         config = configs.from_dict(PretrainConfig, stored["config"])
-        return cls(folder, config, vocabulary, folder.absolute() / stored["data"])
+        return cls(folder, config, vocabulary, folder.absolute() / stored["data"], stored["content"])
 
     def params(self, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> tuple[Params, int]:
         """(parameters, step) of a checkpoint, the newest if step is None; on the first device without a sharding."""
@@ -91,6 +95,7 @@ class Run:
             KIND,
             self.config,
             data=str(data),
+            content=self.content,
             tokenizer=self.vocabulary.fingerprint,
             lowercase=self.vocabulary.lowercase,
         )
@@ -112,19 +117,23 @@ def pretrain(command: PretrainCommand, preset: PretrainConfig) -> None:
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
     workdir = Path(command.workdir)
-    _check_length(command.config)
-    old = Run.load(command.workdir) if (workdir / CONFIG).exists() else None
-    data = Path(command.data) if command.data else old.data if old else _own_text(workdir)
-    store = PassageStore(data, "train")
-    vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
-    config = _with_vocabulary(command.config, preset, vocabulary)
-    run = Run(workdir, config, vocabulary, data.absolute())
-    if old:
-        _check_resumable(old, run)
-    task = make_task(config, store, _held_out(data), vocabulary)
-    program = make_program(task, config)  # refuses what does not fit the devices before anything is written
-    run.save()
-    train(task, config, program, workdir)
+    optimizer = configs.with_optimizer_of(command.optimizer, preset.optimizer)
+    asked = dataclasses.replace(command.config, optimizer=optimizer)
+    _check_length(asked)
+    check_settings(asked, PARAM_RULES)
+    with only_writer(workdir / "run.lock", f"another run is writing to {workdir}; stop it or give another --workdir"):
+        old = Run.load(command.workdir) if (workdir / CONFIG).exists() else None
+        data = Path(command.data) if command.data else old.data if old else _own_text(workdir)
+        store = PassageStore(data, "train")
+        vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
+        config = _with_vocabulary(asked, preset, vocabulary)
+        run = Run(workdir, config, vocabulary, data.absolute(), store.manifest.content)
+        if old:
+            _check_resumable(old, run)
+        task = make_task(config, store, _held_out(data), vocabulary)
+        program = make_program(task, config)  # refuses what does not fit the devices before anything is written
+        run.save()
+        train(task, config, program, workdir)
 
 
 def _own_text(workdir: Path) -> Path:
@@ -154,6 +163,11 @@ def _check_resumable(old: Run, new: Run) -> None:
         raise UserError(
             f"data folder {new.data} was made with another tokenizer than the run in {old.workdir}; "
             f"give the data it was started with ({old.data}) or another --workdir"
+        )
+    if old.content != new.content:
+        raise UserError(
+            f"data folder {new.data} holds other text than the run in {old.workdir} was started with; "
+            f"give {old.data} or another --workdir"
         )
     changed = configs.differences(old.config, new.config)
     if changed:

@@ -78,7 +78,7 @@ class TrainConfig:
     eval_every_steps: int = 1000
     """Steps between evaluations on held-out data; 0: only at the end."""
     eval_batches: int = 0
-    """Batches per evaluation; 0: all of the held-out data."""
+    """Batches (of batch_size) per evaluation; 0: all of the held-out data."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters, optimizer
     state, softmax, norms and losses are float32 always."""
@@ -120,8 +120,8 @@ class CheckpointConfig:
     FREE: ClassVar = frozenset({"every_steps", "every_minutes", "keep_last", "keep_best"})
 
     def __post_init__(self) -> None:
-        """Raises UserError on a value out of range; Checkpoints checks what is to be kept."""
-        _at_least("checkpoint", self, every_steps=0, every_minutes=0)
+        """Raises UserError on a value out of range."""
+        _at_least("checkpoint", self, every_steps=0, every_minutes=0, keep_last=1, keep_best=0)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,19 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"--seed {self.seed}: must be between 0 and {2**31 - 1}")
+
+
+def with_optimizer_of(config: OptimizerConfig, preset: OptimizerConfig) -> OptimizerConfig:
+    """The settings without what the preset chose for another optimizer than the one that was asked for."""
+    if config.name == preset.name:
+        return config
+    names = ("beta1", "beta2", "epsilon")
+    return dataclasses.replace(config, **{n: None for n in names if getattr(config, n) == getattr(preset, n)})
 
 
 def to_dict(config: Any) -> dict[str, Any]:

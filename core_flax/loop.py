@@ -18,7 +18,7 @@ from core_flax.config import CheckpointConfig, RunConfig
 from core_flax.evaluate import make_evaluate
 from core_flax.logs import MetricsFile, Progress, open_tensorboard
 from core_flax.optim import make_optimizer
-from core_flax.params import count
+from core_flax.params import ParamRule, count
 from core_flax.schedule import make_schedule
 from core_flax.signals import EXIT_NOT_FINITE, Interrupted, StopFlag, Stopped, stop_on_signal
 from core_flax.state import TrainState
@@ -80,6 +80,13 @@ def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None
     )
 
 
+def check_settings(config: RunConfig, rules: tuple[ParamRule, ...]) -> None:
+    """Raises UserError if settings do not fit each other or the devices: before any data is read or written."""
+    sharding.check_batch_size(config.train.batch_size, config.train.num_microbatches, sharding.make_mesh(config.mesh))
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.num_steps)
+    make_optimizer(config.optimizer, schedule, rules)
+
+
 def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dict[str, float]:
     """Trains to config.train.num_steps, from the newest checkpoint in workdir if there is one.
 
@@ -138,13 +145,14 @@ def _steps(
             held_out: Mapping[str, float] = {}
             if _every(config.train.eval_every_steps, step) and step < last:
                 held_out = recorder.evaluate(step, state.params)
-            if stop or (saver.is_due(step, held_out) and step < last):
+            told = stop.signal  # read once: it may come at any moment, and what is said must be what was done
+            if told or (saver.is_due(step, held_out) and step < last):
                 recorder.flush()  # a state is saved only when its step is known to be finite
                 with recorder.pause("saving"):
                     saver.save(state, held_out)
-            if stop.signal is not None and step < last:
+            if told and step < last:
                 saver.checkpoints.wait()
-                raise Interrupted(f"{stop.signal.name}: step {step} is saved; run the same command to resume")
+                raise Interrupted(f"{told.name}: step {step} is saved; run the same command to resume")
     recorder.flush()
     return state
 

@@ -74,6 +74,12 @@ class Manifest:
     settings: dict[str, Any]
     format: int = FORMAT
 
+    @property
+    def content(self) -> str:
+        """SHA-256 over those of the files: equal exactly when two folders hold the same text and vocabulary."""
+        hashes = {name: entry["sha256"] for name, entry in sorted(self.files.items())}
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
     def save(self, directory: Path) -> None:
         """Write manifest.json, atomically."""
         partial = directory / (MANIFEST + ".partial")
