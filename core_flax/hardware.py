@@ -71,10 +71,10 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or jax.default_backend() != "cpu":
         return
-    # From malloc.h. One arena, since only the first one can grow without bound; none of it by mmap; at most 2 GB of
-    # free memory are kept at its top.
+    # From malloc.h. One arena, since only the first one can grow without bound; none of it by mmap; -1: nothing is ever
+    # given back.
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
     mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)
     mallopt(top_pad, 2**26)
