@@ -40,17 +40,9 @@ class Checkpoints:
       directory: where they lie, WORKDIR/checkpoints; the first save makes it. A gs:// address will do.
       config: keep_last newest ones stay, and besides keep_best ones that have the lowest finite ``metrics["loss"]``.
       say: takes the lines meant for the user; by default they go to standard error.
-
-    Raises:
-      UserError: a setting that would keep nothing.
     """
 
     def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig, say: Say | None = None) -> None:
-        if config.keep_last < 1 or config.keep_best < 0:
-            raise UserError(
-                f"checkpoint.keep_last must be at least 1 and checkpoint.keep_best at least 0; "
-                f"they are {config.keep_last} and {config.keep_best}"
-            )
         self.directory = _absolute(directory)
         self._config = config
         self._say = (say or _say) if jax.process_index() == 0 else lambda line: None

@@ -220,10 +220,10 @@ def test_state_may_be_donated_after_save(opened):
         assert bits(checkpoints.restore(step, abstract)) == content
 
 
-@pytest.mark.parametrize("config", [CheckpointConfig(keep_last=0), CheckpointConfig(keep_best=-1)])
-def test_keeping_nothing_is_refused(config, folder):
-    with pytest.raises(UserError, match="keep_last must be at least 1"):
-        Checkpoints(folder, config)
+@pytest.mark.parametrize("setting", [{"keep_last": 0}, {"keep_best": -1}])
+def test_a_setting_that_keeps_nothing_is_refused(setting):
+    with pytest.raises(UserError, match=r"--checkpoint\.keep-(last|best)"):
+        CheckpointConfig(**setting)
 
 
 # Other device layouts.
