@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import bert_flax.prepare
 from bert_flax.prepare import PrepareConfig, prepare
 from core_flax.data import records
 from core_flax.data.records import Manifest, PassageStore
@@ -259,6 +260,7 @@ def test_two_at_once_are_refused(tmp_path, text_file):
 
 RUN = """
 import signal, sys
+import bert_flax.prepare
 from bert_flax.prepare import PrepareConfig, prepare
 from core_flax.types import UserError
 import bert_flax.prepare
@@ -359,13 +361,30 @@ def test_vocabulary_size_and_vocabulary_may_not_contradict(tmp_path, text_file):
 
 
 def test_the_sample_for_the_vocabulary_is_bounded_and_even():
-    from bert_flax.prepare import _draw
-
     slices = [f"{number:6d}" for number in range(10_000)]
-    drawn = list(map(int, _draw(slices, 6000)))
+    drawn = list(map(int, bert_flax.prepare._draw(slices, 6000)))
     assert 500 <= len(drawn) <= 1000
     assert len(set(np.diff(drawn))) == 1 and drawn[-1] > 9900
-    assert _draw(slices[:1000], 6000) == slices[:1000]
+    assert bert_flax.prepare._draw(slices[:1000], 6000) == slices[:1000]
+
+
+def test_many_different_words_make_the_sample_smaller(tmp_path, monkeypatch):
+    """Memory grows with them. The count behind it is an estimate."""
+    rng = random.Random(0)
+    texts = [" ".join(f"W{rng.randrange(40_000)}" for _ in range(1000)) for _ in range(100)]
+    exact = len({word for text in texts for word in text.split()})
+    assert abs(bert_flax.prepare._count_words(texts) / exact - 1) < 0.02
+    assert bert_flax.prepare._count_words([]) == 0
+
+    samples = []
+    monkeypatch.setattr("bert_flax.prepare._SAMPLE_WORDS", 15_000)
+    monkeypatch.setattr("core_flax.text.wordpiece.train", lambda sample, *_: samples.append(sample))
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(texts))
+    with pytest.raises(AttributeError):  # no vocabulary came back
+        prepare(configure(tmp_path, path))
+    different = len({word for text in samples[0] for word in text.split()})
+    assert 0.5 * 15_000 < different <= 1.02 * 15_000
 
 
 def test_bad_text_far_into_the_input_is_named(tmp_path):
