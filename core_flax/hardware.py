@@ -1,6 +1,8 @@
 """What accelerators can do at best, to say what share of it a run uses."""
 
 import ctypes
+import importlib.util
+import os
 import re
 
 import jax
@@ -65,11 +67,13 @@ def keep_freed_memory() -> None:
 
     XLA takes the memory of a step's intermediate values anew for every step. glibc's malloc fetches blocks of that size
     from the kernel and returns them at once, so that each page is cleared and mapped again 67,000 times a step
-    (bert_mini, batch 16 x 128), a sixth of the step's time. Call it before JAX computes; it does nothing where malloc
-    is not glibc's.
+    (bert_mini, batch 16 x 128), a sixth of the step's time. Call it before JAX starts its threads (asking for a device
+    does), which take arenas of their own; it does nothing where malloc is not glibc's or JAX has an accelerator.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or jax.default_backend() != "cpu":
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    has_accelerator = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    if mallopt is None or (platforms != "cpu" if platforms else has_accelerator):
         return
     # From malloc.h. One arena, since only the first one can grow without bound; none of it by mmap; -1: nothing is ever
     # given back.
