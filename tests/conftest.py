@@ -70,20 +70,28 @@ def write_corpus(path: Path, num_documents: int = 40, seed: int = 0) -> Path:
     return path
 
 
+class Process(subprocess.Popen):
+    """A process that ends with its ``with`` at the latest: a test that fails leaves nothing running."""
+
+    def __exit__(self, *error):
+        self.kill()
+        super().__exit__(*error)
+
+
 @dataclass(frozen=True)
 class BertFlax:
     """``bert-flax`` as a user runs it: another process, one CPU device, output into pipes."""
 
     data: Path
 
-    def start(self, *argv, max_file_kb=None) -> subprocess.Popen:
+    def start(self, *argv, max_file_kb=None) -> Process:
         """Start a command; its output is text. ``max_file_kb``: how far a file may grow, as on a disk almost full."""
         env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
         command = [sys.executable, "-m", "bert_flax.cli", *map(str, argv)]
         if max_file_kb is not None:
             command = ["bash", "-c", 'ulimit -S -f "$0"; exec "$@"', str(max_file_kb), *command]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=env, text=True, **pipes)
+        return Process(command, env=env, text=True, **pipes)
 
     def run(self, *argv, **options) -> subprocess.CompletedProcess:
         """Run a command to its end."""

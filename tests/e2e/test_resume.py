@@ -48,12 +48,13 @@ def saving(workdir):
 
 
 def kill_when(process, moment, delay=0.0):
-    while not moment():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.0005)
-    time.sleep(delay)
-    process.kill()
-    process.communicate()
+    with process:
+        while not moment():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.0005)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
     assert process.returncode == -signal.SIGKILL
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from conftest import Process
 
 from core_flax.checkpoint import list_steps
 from core_flax.signals import EXIT_INTERRUPTED, stop_on_signal
@@ -60,7 +61,7 @@ with stop_on_signal():
     print("starts", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with Process([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         wait_for(process, "starts")
         for _ in range(2):
             time.sleep(0.1)
