@@ -200,8 +200,9 @@ def evaluate(workdir: str, data: str | None, step: int | None) -> None:
     if held_out is None:
         raise UserError(f"{run.data} holds out nothing: prepare it with --valid-fraction above 0")
     task = make_task(run.config, store, held_out, run.vocabulary)
-    # On any number of devices, whatever the run had: as many as divide the batch, parameters whole on each.
-    num_devices = math.gcd(run.config.train.batch_size, jax.device_count())
+    # On any number of devices, whatever the run had: as many as divide a batch, parameters whole on each.
+    portion = run.config.train.batch_size // run.config.train.num_microbatches
+    num_devices = math.gcd(portion, jax.device_count())
     mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
     params, step = run.params(step, replicated(mesh))
     metrics = make_evaluate(task.evaluators["held_out"], mesh)(params)
