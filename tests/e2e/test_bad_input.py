@@ -96,6 +96,9 @@ def test_a_vocabulary_without_mask(refuse, corpus, tmp_path):
     [
         ({"inputs__length": 64}, "--inputs.length 64 exceeds --model.max-length 32"),
         ({"model__num_heads": 5}, "--model.num-heads 5 does not divide --model.width 32"),
+        ({"model__num_heads": 0}, "--model.num-heads 0"),
+        ({"checkpoint__keep_last": 0}, "--checkpoint.keep-last 0"),
+        ({"seed": -1}, "--seed -1"),
         ({"train__batch_size": 6}, "--train.batch-size 6 does not divide by 1 microbatches x 4 devices"),
         ({"train__num_microbatches": 3}, "--train.batch-size 8 does not divide by 3 microbatches"),
         ({"mesh__fsdp": 3}, "4 devices"),
@@ -148,6 +151,22 @@ def test_a_missing_option_is_named(refuse):
 def test_data_of_another_tokenizer(refuse, bert_flax, run, other_data):
     assert "another tokenizer" in refuse(*bert_flax.pretrain(run, data=other_data))
     assert "another tokenizer" in refuse("evaluate", "--workdir", run, "--data", other_data)
+
+
+def test_data_of_other_text(refuse, bert_flax, run, corpus, tmp_path):
+    """Cut by the same vocabulary, so nothing but the text would show it."""
+    text, data = tmp_path / "text.txt", tmp_path / "data"
+    text.write_text(corpus.read_text().replace("river", "road"))
+    vocab = str(bert_flax.data / "vocab.txt")
+    prepare(PrepareConfig((str(text),), str(data), vocab=vocab, valid_fraction=0.1, num_workers=1))
+    assert "holds other text" in refuse(*bert_flax.pretrain(run, data=data))
+
+
+def test_a_folder_that_another_run_writes_to(refuse, bert_flax, tmp_path):
+    with bert_flax.start(*bert_flax.pretrain(tmp_path, train__num_steps=100_000)) as process:
+        assert "starts" in process.stdout.readline()
+        assert "another run is writing" in refuse(*bert_flax.pretrain(tmp_path))
+        assert process.poll() is None
 
 
 def test_data_that_is_not_there(refuse, bert_flax, tmp_path):

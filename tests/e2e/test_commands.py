@@ -89,6 +89,10 @@ def test_evaluate_here_and_there(call, finished_run, tmp_path):
     assert (here.returncode, here.stderr) == (0, "")
     assert call("evaluate", "--workdir", moved).stdout == here.stdout
     assert "step 4" in call("evaluate", "--workdir", moved, "--step", 4).stdout
+    stored = json.loads((moved / "config.json").read_text())
+    stored["config"]["train"] |= {"num_microbatches": 4}  # portions of two rows, for four devices
+    (moved / "config.json").write_text(json.dumps(stored))
+    assert call("evaluate", "--workdir", moved).stdout == here.stdout
     last = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
     shown = float(re.search(r"masked tokens +([\d.]+)", here.stdout)[1])
     assert shown == pytest.approx(last["held_out/mlm_loss"], abs=1e-4)
