@@ -1,14 +1,18 @@
 """Work done ahead of time, by threads or processes, handed on in order."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from core_flax.types import UserError
@@ -58,7 +62,8 @@ def ordered_map(
     waiting: collections.deque[Future[R]] = collections.deque()
     try:
         for item in items:
-            waiting.append(executor.submit(call, item))
+            with _signals_blocked():  # this may start a process, which inherits what is blocked
+                waiting.append(executor.submit(call, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -71,11 +76,22 @@ def ordered_map(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Keeps SIGINT and SIGTERM waiting meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _executor(function: Callable[[T], R], num_threads: int, num_processes: int) -> tuple[Executor, Callable[[T], R]]:
     if not num_processes:
         return ThreadPoolExecutor(num_threads, thread_name_prefix="feed"), function
     # Spawned, not forked: the parent may hold an accelerator and has threads, which a fork would copy half.
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # started later, with the first process, it would unblock the signals
     return ProcessPoolExecutor(num_processes, context, initializer=_start_worker, initargs=(function,)), _call
 
 
@@ -84,16 +100,31 @@ _function: Callable[[Any], Any] | None = None
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
+    """Makes this process one that computes ``function`` and ends with its parent, but not with its group.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole group: the parent then saves, and wants its workers until it has.
+    Both signals are blocked here from the process's first moment (``ordered_map``), so neither can come too early.
+    """
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for work for ever."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "workers are started by a parent process"
+    assert parent is not None and parent.pid is not None, "workers are started by a parent process"
+    if sys.platform == "darwin":  # cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+    else:
+        threading.Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_when_told(by: int) -> None:
+    """The executor ends its workers by SIGTERM when one of them has died; from anyone else it means the parent."""
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != by:
+        pass
+    os._exit(1)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A killed parent cannot end its workers, and they would wait for work for ever."""
     parent.join()
     os._exit(1)
 

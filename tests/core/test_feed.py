@@ -91,9 +91,47 @@ def test_processes_do_the_work():
         assert os.getpid() not in {pid for pid, _ in found}
 
 
-def test_a_dead_worker_is_reported():
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_a_dead_worker_is_reported(num_processes):
+    """And the others, which wait for work behind a lock that it may have held, are ended."""
     with pytest.raises(UserError, match="worker process died"):
-        list(ordered_map(end_process, range(3), num_processes=1))
+        list(ordered_map(end_process, range(3), num_processes=num_processes))
+    assert not multiprocessing.active_children()
+
+
+GROUP_SCRIPT = """
+import signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from test_feed import process_id
+from core_flax.data.feed import ordered_map
+if __name__ == "__main__":
+    heard = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+    found = ordered_map(process_id, range(200), num_processes=2)
+    items = [next(found)] if sys.argv[2] == "at work" else []
+    print("ready", flush=True)
+    items.append(next(found))
+    time.sleep(0.3)
+    items += found
+    print([item for _, item in items] == list(range(200)), *sorted(heard))
+"""
+
+
+@pytest.mark.parametrize("moment", ["at work", "being started"])
+def test_a_signal_to_the_group_is_the_parents_alone(tmp_path, moment):
+    """As a terminal's Ctrl-C or a scheduler sends it, from the outside."""
+    script = tmp_path / "script.py"
+    script.write_text(GROUP_SCRIPT)
+    command = [sys.executable, str(script), os.path.dirname(__file__), moment]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=os.getcwd(), start_new_session=True
+    ) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        time.sleep(0.03)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(parent.pid, number)
+        assert parent.communicate(timeout=60)[0] == "True SIGINT SIGTERM\n"
 
 
 ORPHAN_SCRIPT = """
