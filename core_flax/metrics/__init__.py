@@ -1,0 +1,1 @@
+"""Official metrics over numpy arrays and text; imports no jax."""
