@@ -37,7 +37,7 @@ RULES = (
     ParamRule("head", "head", "embed | small"),
 )
 LEARNING_RATES = {"adamw": 1e-3, "lamb": 0.03, "adafactor": 0.03, "lion": 1e-3, "muon": 3e-3}
-"""The rates of LAMB and Adafactor are shares of the parameters; so every optimizer moves them by about a thousandth a step."""
+"""LAMB's and Adafactor's are shares of the parameters: so every optimizer moves them by about a thousandth a step."""
 
 
 @pytest.fixture(autouse=True)
