@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -95,6 +96,26 @@ class WordPiece:
         # The setting lives in the shared tokenizer; ids of one text are asked for by one thread at a time.
         self._tokenizer.encode_special_tokens = not specials
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of a text, and which of its characters each stands for. What looks like a special piece is text.
+
+        Returns:
+            ids, starts, ends, int32 [L] each: piece ``i`` comes from ``text[starts[i] : ends[i]]``, characters of the
+            text as it was before cleaning, lower-casing and stripping. Starts and ends never decrease. Pieces overlap
+            where one character became several (Hangul, lower-cased, is split into its letters), and marks that were
+            stripped belong to the piece that they stand on: a slice never leaves a letter's accent behind.
+        """
+        self._tokenizer.encode_special_tokens = True
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
+        if not text.isascii():
+            limits = [*starts[1:], len(text)]
+            for piece, limit in enumerate(limits[: len(ends)]):
+                while ends[piece] < limit and unicodedata.category(text[ends[piece]]) == "Mn":
+                    ends[piece] += 1
+        return np.array(encoding.ids, np.int32), starts, ends
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids: pieces joined to words, words separated by spaces, special pieces kept."""

@@ -208,3 +208,61 @@ def test_many_texts_at_once(vocabulary):
     texts = AWKWARD * 50
     assert vocabulary.encode(texts) == [vocabulary.encode([text])[0] for text in texts]
     assert np.shape(vocabulary.encode([])) == (0,)
+
+
+SLICES = [
+    ("Café cafe\u0301!", True, "Café cafe\u0301 !"),
+    ("Café", False, "[UNK]:Café"),
+    ("the e\u0301\u0327 e\u0301e", True, "the e\u0301\u0327 e\u0301 e"),
+    ("İi fox", True, "İ i fox"),
+    ("\u0130\u0307a", True, "\u0130\u0307 a"),
+    ("İ", True, "İ"),
+    ("today 今日the今", True, "[UNK]:today 今 日 the 今"),
+    ("\U0001f600 fox \u2764\ufe0f the", True, "[UNK]:\U0001f600 fox [UNK]:\u2764\ufe0f the"),
+    ("\U0001f468\u200d\U0001f469 fox", True, "[UNK]:\U0001f468\u200d\U0001f469 fox"),
+    ("fo\u200bx f\x00ox\ufffd over", True, "fo\u200bx f\x00ox over"),
+    ("\u00a0the\u2003\t\nfox ", True, "the fox"),
+    ("[MASK] [SEP]", True, "[ MASK ] [ [UNK]:SEP ]"),
+    ("unaffable.", True, "un aff able ."),
+    ("\u0301the", True, "the"),
+    ("", True, ""),
+    (" \u0301 ", True, ""),
+]
+
+
+@pytest.mark.parametrize(("text", "lowercase", "slices"), SLICES)
+def test_pieces_are_slices_of_the_text(text, lowercase, slices):
+    """Expected slices by hand; an unknown word is written ``[UNK]:word``."""
+    vocabulary = WordPiece(PIECES, lowercase)
+    ids, starts, ends = vocabulary.encode_with_offsets(text)
+    assert ids.dtype == starts.dtype == ends.dtype == np.int32
+    found = [
+        ("[UNK]:" if number == vocabulary.unk_id else "") + text[start:end]
+        for number, start, end in zip(ids, starts, ends, strict=True)
+    ]
+    assert found == (slices.split(" ") if slices else [])
+
+
+def test_a_character_that_becomes_several_pieces():
+    """A Hangul syllable is three letters once accents are stripped; each piece stands for the whole syllable."""
+    letters = ["\u1112", "##\u1161", "##\u11ab", "##x"]
+    vocabulary = WordPiece([*PIECES, *letters])
+    ids, starts, ends = vocabulary.encode_with_offsets("the 한x")
+    assert [vocabulary.pieces[number] for number in ids] == ["the", *letters]
+    assert starts.tolist() == [0, 4, 4, 4, 5]
+    assert ends.tolist() == [3, 5, 5, 5, 6]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("text", [*AWKWARD, *(text for text, _, _ in SLICES)])
+def test_a_slice_has_the_pieces_it_was_cut_for(text, lowercase):
+    """Cutting the text between two words and encoding both halves gives the pieces of the whole."""
+    vocabulary = WordPiece(PIECES, lowercase)
+    ids, starts, ends = vocabulary.encode_with_offsets(text)
+    assert ids.tolist() == vocabulary.encode([text])[0]
+    assert (np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all() and (starts < ends).all()
+    for piece in range(1, len(ids)):
+        if text[ends[piece - 1] : starts[piece]].isspace():
+            cut = starts[piece]
+            left, right = vocabulary.encode([text[: ends[piece - 1]], text[cut:]])
+            assert [*left, *right] == ids.tolist()
