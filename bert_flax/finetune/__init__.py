@@ -1,0 +1,1 @@
+"""Fine-tuning: task definitions, readers of the official files, heads, training, prediction."""

@@ -1,0 +1,165 @@
+"""Tables of texts: GLUE's TSV files, which know no quotes, and CSV files, which do."""
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_flax.finetune.examples import ChoiceExample, Dataset, TextExample
+from bert_flax.finetune.files import read_text
+from bert_flax.finetune.tasks import TaskSpec
+from core_flax.types import UserError
+
+Row = tuple[int, list[str]]
+"""The line of the file that a row begins in, from 1, and its fields."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose header is known and whose rows are still to be read."""
+
+    path: Path
+    names: tuple[str, ...]
+    rows: Iterator[Row]
+
+    def place(self, name: str) -> int:
+        """The number of a column. Raises UserError if there is none, or more than one, of this name."""
+        if self.names.count(name) != 1:
+            how_many = "has two columns" if name in self.names else "has no column"
+            raise UserError(f"{self.path} {how_many} {name!r}; its columns are {', '.join(map(repr, self.names))}")
+        return self.names.index(name)
+
+    def torn(self, line: int, fields: list[str]) -> str | None:
+        """What is wrong with a row whose fields are not as many as the columns."""
+        if len(fields) == len(self.names):
+            return None
+        return f"{self.path}:{line} has {len(fields)} fields, not {len(self.names)}"
+
+
+def open_table(path: Path, text: str, headerless: tuple[str, ...] = ()) -> Table:
+    """A table by the ending of its name: ``.csv`` is quoted and separated by commas, all else unquoted and by tabs.
+
+    Args:
+        path: the file.
+        text: a column that a header would name.
+        headerless: names of the columns if the first row does not hold ``text``.
+    """
+    rows = _read_csv(path) if path.suffix == ".csv" else _read_tsv(path)
+    first = next(rows)
+    if text in first[1] or not headerless:
+        return Table(path, tuple(first[1]), rows)
+    return Table(path, headerless, itertools.chain((first,), rows))
+
+
+def read_texts(spec: TaskSpec, path: Path, labelled: bool) -> Dataset[TextExample]:
+    """Texts or pairs of texts of a table.
+
+    Args:
+        spec: a task of kind classification or regression.
+        path: the table.
+        labelled: whether to read the labels, too.
+
+    Raises:
+        UserError: a column is missing, a row torn, a label not the task's, or the file is not a table.
+    """
+    columns = spec.columns
+    assert columns is not None
+    table = open_table(path, columns.text, columns.headerless)
+    text = table.place(columns.text)
+    pair = None if columns.text_pair is None else table.place(columns.text_pair)
+    label = table.place(columns.label) if labelled else None
+    own_id = table.place(columns.id) if columns.id and columns.id in table.names else None
+    examples, dropped = [], []
+    for number, (line, fields) in enumerate(table.rows):
+        if torn := table.torn(line, fields):
+            if spec.torn_rows == "error":
+                raise UserError(f"{torn}; mend the row: a field can hold no tab and no line break")
+            dropped.append(torn)
+        elif label is not None and fields[label] == spec.no_label:
+            dropped.append(f"{path}:{line} has no label ({spec.no_label!r})")
+        else:
+            examples.append(
+                TextExample(
+                    str(number) if own_id is None else fields[own_id],
+                    fields[text],
+                    None if pair is None else fields[pair],
+                    None if label is None else parse_label(spec, fields[label], f"{path}:{line}"),
+                )
+            )
+    return Dataset(tuple(examples), tuple(dropped))
+
+
+def read_choices(spec: TaskSpec, path: Path, labelled: bool) -> Dataset[ChoiceExample]:
+    """SWAG's table: a sentence, the start of the next, and four endings. Raises UserError as ``read_texts`` does."""
+    table = open_table(path, "sent1")
+    context, start = table.place("sent1"), table.place("sent2")
+    endings = [table.place(f"ending{choice}") for choice in range(len(spec.labels))]
+    label = table.place("label") if labelled else None
+    examples = []
+    for number, (line, fields) in enumerate(table.rows):
+        if torn := table.torn(line, fields):
+            raise UserError(f"{torn}; mend the row: a field with a comma or a line break stands in double quotes")
+        examples.append(
+            ChoiceExample(
+                fields[table.names.index("")] if "" in table.names else str(number),
+                fields[context],
+                fields[start],
+                tuple(fields[ending] for ending in endings),
+                None if label is None else int(parse_label(spec, fields[label], f"{path}:{line}")),
+            )
+        )
+    return Dataset(tuple(examples))
+
+
+def read_labels(spec: TaskSpec, path: Path) -> tuple[str, ...]:
+    """The different labels of a table, sorted."""
+    assert spec.columns is not None
+    table = open_table(path, spec.columns.text)
+    place, labels = table.place(spec.columns.label), set()
+    for line, fields in table.rows:
+        if torn := table.torn(line, fields):
+            raise UserError(f"{torn}; mend the row")
+        if not fields[place].strip():
+            raise UserError(f"{path}:{line} has an empty label")
+        labels.add(fields[place])
+    if len(labels) < 2:
+        raise UserError(f"{path}: column {spec.columns.label!r} holds no two labels ({', '.join(labels) or 'no rows'})")
+    return tuple(sorted(labels))
+
+
+def parse_label(spec: TaskSpec, label: str, where: str) -> int | float:
+    """Place of a label in the task's, or the score. Raises UserError if it is not the task's."""
+    if spec.kind != "regression":
+        if label not in spec.labels:
+            raise UserError(f"{where}: {label!r} is no label of task {spec.name}, which has {', '.join(spec.labels)}")
+        return spec.labels.index(label)
+    least, greatest = spec.score_range or (-math.inf, math.inf)
+    try:
+        score = float(label)
+    except ValueError:
+        score = math.nan
+    if not (math.isfinite(score) and least <= score <= greatest):
+        between = f" from {least:g} to {greatest:g}" if spec.score_range else ""
+        raise UserError(f"{where}: {label!r} is no score of task {spec.name}; it takes numbers{between}")
+    return score
+
+
+def _read_tsv(path: Path) -> Iterator[Row]:
+    """Rows end at line feeds alone: str.splitlines and csv would also break them where texts have odd characters."""
+    stream = io.StringIO(read_text(path).rstrip("\r\n"), newline="\n")
+    for line, row in enumerate(stream, 1):
+        yield line, row.removesuffix("\n").removesuffix("\r").split("\t")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(read_text(path).rstrip("\r\n"), newline=""), strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{line} is not a row of CSV: {error}") from error
