@@ -183,10 +183,9 @@ def test_swag_is_quoted(tmp_path):
 def test_swag_rows_are_told_by_their_first_line(tmp_path):
     """A field may hold a line break, so rows and lines are not the same."""
     whole = (0, "", "", "", "a", "b", "gold", "w\nw\nw", "x", "y", "z", 0)
-    for last, message in (((*whole[:-1], 4), "dev.csv:5: '4' is no label of task swag, which has 0, 1, 2, 3"),):
-        path = write(tmp_path / "dev.csv", swag([whole, last]))
-        with pytest.raises(UserError, match=message):
-            read_file(SWAG, path, labelled=True)
+    path = write(tmp_path / "dev.csv", swag([whole, (*whole[:-1], 4)]))
+    with pytest.raises(UserError, match=r"dev.csv:5: '4' is no label of task swag, which has 0, 1, 2, 3"):
+        read_file(SWAG, path, labelled=True)
     write(path, swag([whole, whole[:-1]]))
     with pytest.raises(UserError, match=r"dev.csv:5 has 11 fields, not 12"):
         read_file(SWAG, path, labelled=True)

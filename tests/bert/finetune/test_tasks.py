@@ -95,6 +95,10 @@ def test_a_regression_of_ones_own(tmp_path):
         ("x7", "two", '"one', -3.5),
         ("y8", "four", 'three"', 100.0),
     ]
+    for score in ("nan", "-inf", "good"):
+        (tmp_path / "train.tsv").write_text(f"a\tb\tscore\none\ttwo\t{score}\n")
+        with pytest.raises(UserError, match=f"train.tsv:2: '{score}' is no score of task custom; it takes numbers$"):
+            read(spec, tmp_path, "train")
 
 
 @pytest.mark.parametrize(
