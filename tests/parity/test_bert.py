@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
+from bert_flax.huggingface_names import params_from
 from bert_flax.model import BertConfig, BertEncoder, BertForPreTraining
 from bert_flax.pretrain import loss_weights, pretraining_sums
 from bert_flax.sharding import PARAM_RULES
@@ -21,49 +22,10 @@ CONFIG = BertConfig(
 )
 B, L, P = 5, 12, 4
 
-EMBEDDINGS, LAYER, HEADS = "bert.embeddings.", "bert.encoder.layer.*.", "cls.predictions."
-NAMES = {
-    "encoder/embeddings/token": EMBEDDINGS + "word_embeddings",
-    "encoder/embeddings/position": EMBEDDINGS + "position_embeddings",
-    "encoder/embeddings/segment": EMBEDDINGS + "token_type_embeddings",
-    "encoder/embeddings/norm": EMBEDDINGS + "LayerNorm",
-    "encoder/layers/attention/query": LAYER + "attention.self.query",
-    "encoder/layers/attention/key": LAYER + "attention.self.key",
-    "encoder/layers/attention/value": LAYER + "attention.self.value",
-    "encoder/layers/attention/out": LAYER + "attention.output.dense",
-    "encoder/layers/attention_norm": LAYER + "attention.output.LayerNorm",
-    "encoder/layers/mlp/up": LAYER + "intermediate.dense",
-    "encoder/layers/mlp/down": LAYER + "output.dense",
-    "encoder/layers/mlp_norm": LAYER + "output.LayerNorm",
-    "encoder/pooler": "bert.pooler.dense",
-    "masked_language/transform": HEADS + "transform.dense",
-    "masked_language/norm": HEADS + "transform.LayerNorm",
-    "next_sentence": "cls.seq_relationship",
-}
-
 
 def ours(theirs):
-    """Our tree of arrays from theirs by name, be they weights or gradients. Layers come to lie on dim 0."""
-
-    def array(name, leaf):
-        if "*" in name:
-            return np.stack([array(name.replace("*", str(layer)), leaf) for layer in range(CONFIG.num_layers)])
-        x = theirs[name].detach().numpy()
-        return x.T if leaf == "kernel" else x
-
-    tree = {"masked_language/bias": array(HEADS + "bias", "bias")}
-    for path, name in NAMES.items():
-        leaf = "scale" if "norm" in path else "embedding" if "embeddings/" in path else "kernel"
-        tree[f"{path}/{leaf}"] = array(name + ".weight", leaf)
-        if leaf != "embedding":
-            tree[f"{path}/bias"] = array(name + ".bias", "bias")
-    N, D, H = CONFIG.num_layers, CONFIG.width, CONFIG.num_heads
-    for path, x in tree.items():
-        if "attention/out/kernel" in path:
-            tree[path] = x.reshape(N, H, D // H, D)
-        elif any(f"attention/{name}" in path for name in ("query", "key", "value")):
-            tree[path] = x.reshape(*x.shape[:-1], H, D // H)
-    return unflatten_dict(tree, sep="/")
+    """Our tree of arrays from theirs by name, be they weights or gradients."""
+    return params_from({name: x.detach().numpy() for name, x in theirs.items()}, CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,161 @@
+"""Models to start from: a pretraining run, a folder of Hugging Face's, or what ``bert-flax import-hf`` made of one.
+
+An imported folder has config.json, vocab.txt and one checkpoint, as a run's has, and nothing of an optimizer.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bert_flax import runs
+from bert_flax.config import BertConfig
+from bert_flax.huggingface import Pretrained, Report, TaskHead, load_pretrained, save_pretrained
+from bert_flax.huggingface_names import HEADS
+from core_flax import config as configs
+from core_flax.checkpoint import Checkpoints, load_params
+from core_flax.config import CheckpointConfig
+from core_flax.state import TrainState
+from core_flax.text.wordpiece import WordPiece
+from core_flax.types import Params, UserError
+
+KIND = "bert_flax.pretrained"
+CONFIG, VOCAB, CHECKPOINTS = runs.CONFIG, runs.VOCAB, "checkpoints"
+HEAD = "task_head"
+"""Name of a task head's kernel and bias among the parameters of an imported folder."""
+
+
+def import_hf(folder: str, output: str) -> None:
+    """Turn a Hugging Face folder into one of ours, and print what was read, what is missing and what was not used.
+
+    Raises:
+      UserError: the folder cannot be read (see load_pretrained), or the output is not empty.
+    """
+    home = _new_folder(output)
+    pretrained = load_pretrained(folder)
+    save_imported(home, pretrained)
+    print(f"{output}: {_size(pretrained)}")
+    for line in pretrained.report.lines():
+        print(f"  {line}")
+
+
+def export_hf(workdir: str, output: str, step: int | None = None) -> None:
+    """Write a pretraining run's model, or an imported one, as a folder that transformers loads; print what it holds.
+
+    Args:
+      workdir: anything that load_init accepts.
+      output: folder that does not exist, or is empty.
+      step: of the checkpoint; None: the newest.
+    """
+    home = _new_folder(output)
+    pretrained = load_init(workdir, step)
+    save_pretrained(home, pretrained.config, pretrained.params, pretrained.vocabulary, pretrained.head)
+    print(f"{output}: {_size(pretrained)}")
+    for line in pretrained.report.lines():
+        print(f"  {line}")
+
+
+def load_init(path: str, step: int | None = None) -> Pretrained:
+    """The model in a folder: a pretraining run's, an imported one, or Hugging Face's.
+
+    Args:
+      path: the folder.
+      step: of the checkpoint; None: the newest. Only a run's folder has several.
+
+    Raises:
+      UserError: it is none of these, or it is damaged.
+    """
+    folder = Path(path)
+    kind = _kind(folder)
+    if kind is None:
+        if step is not None:
+            raise UserError(f"--step {step}: {path} is a folder of Hugging Face's, which has no steps")
+        return load_pretrained(folder)
+    if kind == KIND:
+        return _load_imported(folder, step)
+    if kind == runs.KIND:
+        return _load_run(folder, step)
+    raise UserError(f"{path} holds a {kind}; give a pretraining run, an imported folder or a folder of Hugging Face's")
+
+
+def save_imported(folder: Path, pretrained: Pretrained) -> None:
+    """Write a model as a folder that load_init reads; config.json last, since it makes the folder one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = pretrained.head
+    params = dict(pretrained.params)
+    if head:
+        params[HEAD] = {"kernel": head.kernel, "bias": head.bias}
+    pretrained.vocabulary.save(folder / VOCAB)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
+    checkpoints.save(TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {}))
+    checkpoints.close()
+    configs.save(
+        folder / CONFIG,
+        KIND,
+        pretrained.config,
+        tokenizer=pretrained.vocabulary.fingerprint,
+        lowercase=pretrained.vocabulary.lowercase,
+        head={"architecture": head.architecture, "labels": head.labels} if head else {},
+    )
+
+
+def _load_imported(folder: Path, step: int | None) -> Pretrained:
+    path = folder / CONFIG
+    stored = configs.load(path, KIND, tokenizer=str, lowercase=bool, head=dict)
+    vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
+    if vocabulary.fingerprint != stored["tokenizer"]:
+        raise UserError(f"{folder / VOCAB} is not the vocabulary that was imported; import the model again")
+    params, step = load_params(folder / CHECKPOINTS, step)
+    arrays = _arrays(params)
+    head = _head(stored["head"], arrays.pop(HEAD)) if stored["head"] else None
+    config = configs.load_config(path, BertConfig, stored)
+    return Pretrained(config, arrays, vocabulary, _report(arrays, step), head)
+
+
+def _head(about: Mapping[str, Any], layer: Mapping[str, Any]) -> TaskHead:
+    labels = about["labels"]
+    return TaskHead(about["architecture"], layer["kernel"], layer["bias"], None if labels is None else tuple(labels))
+
+
+def _load_run(folder: Path, step: int | None) -> Pretrained:
+    run = runs.Run.load(str(folder))
+    params, step = run.params(step)
+    arrays = _arrays(params)
+    return Pretrained(run.config.model, arrays, run.vocabulary, _report(arrays, step))
+
+
+def _report(arrays: Mapping[str, Any], step: int) -> Report:
+    there = {*arrays, *(f"encoder/{name}" for name in arrays["encoder"])}
+    return Report((f"{CHECKPOINTS}/{step}",), tuple(title for head, title in HEADS.items() if head not in there))
+
+
+def _arrays(params: Params) -> dict[str, Any]:
+    return jax.tree.map(np.asarray, dict(params))
+
+
+def _kind(folder: Path) -> str | None:
+    """The kind of a folder of ours; None if it is of Hugging Face's."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give a pretraining run, or a model that has been downloaded before")
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # its reader says what is wrong
+    kind = stored.get("kind") if isinstance(stored, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _new_folder(output: str) -> Path:
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {output} is there already, and not empty; give a new folder")
+    return folder
+
+
+def _size(pretrained: Pretrained) -> str:
+    config, count = pretrained.config, sum(x.size for x in jax.tree.leaves(pretrained.params))
+    return f"BERT of {config.num_layers} layers, {config.width} wide, {count:,} parameters"
