@@ -161,7 +161,7 @@ def test_what_is_admitted_cannot_be_changed(layout, tmp_path):
         {"shape": (2,), "strides": (6,)},
         {"shape": (2,), "strides": (-1,)},
         {"shape": (-1,)},
-        {"shape": (2**20, 2**20), "strides": (0, 0)},
+        {"shape": (7,), "strides": (0,)},
         {"shape": (2, 3)},
         {"size": 7, "shape": (7,)},
     ],
