@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from core_flax.config import check_range
 from core_flax.data import order
 from core_flax.data.records import Passages, PassageStore
 from core_flax.text.wordpiece import WordPiece
@@ -71,20 +72,12 @@ class InputsConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError on values that make no example."""
-        if self.length < 8:
-            raise UserError(f"inputs.length {self.length} is too short; take at least 8 tokens")
-        if not 1 <= self.max_predictions <= self.length - 3:
-            raise UserError(
-                f"inputs.max_predictions {self.max_predictions} must lie between 1 and {self.length - 3} "
-                "(length less three special tokens)"
-            )
-        if not 0 < self.mask_rate < 1:
-            raise UserError(f"inputs.mask_rate {self.mask_rate} must lie between 0 and 1")
-        for name in ("short_rate", "random_next_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"inputs.{name} {getattr(self, name)} must lie between 0 and 1")
-        if self.num_workers < 0:
-            raise UserError(f"inputs.num_workers {self.num_workers} must not be negative")
+        check_range("inputs", self, "length", least=8)
+        # The length less three special tokens.
+        check_range("inputs", self, "max_predictions", least=1, most=self.length - 3)
+        check_range("inputs", self, "mask_rate", above=0, below=1)
+        check_range("inputs", self, "short_rate", "random_next_rate", least=0, most=1)
+        check_range("inputs", self, "long_from_step", "num_workers", least=0)
 
 
 class PairExamples:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from core_flax import sharding
 from core_flax.attention import MultiHeadAttention, padding_mask
+from core_flax.config import check_range
 from core_flax.layers import Dropout, FeedForward, Linear, Norm, Remat, gelu, remat
 from core_flax.types import Array, UserError
 
@@ -42,17 +43,18 @@ class BertConfig:
     """Term added to the variance in layer normalisation."""
     remat: Remat = "elementwise"
     """What the backward pass computes again rather than keep in memory: nothing, all but the matrix products, or each
-    block from its input."""
+    block from its input. Changes results by rounding at most."""
+
+    FREE: ClassVar = frozenset({"remat"})
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_length", "num_segments"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        """Raises UserError on sizes that make no model."""
+        sizes = ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_length", "num_segments")
+        check_range("model", self, *sizes, least=1)
+        check_range("model", self, "dropout", "attention_dropout", least=0, below=1)
+        check_range("model", self, "init_stddev", "norm_epsilon", above=0)
         if self.width % self.num_heads:
             raise UserError(f"--model.num-heads {self.num_heads} does not divide --model.width {self.width}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
 
     @property
     def kernel_init(self) -> nn.initializers.Initializer:

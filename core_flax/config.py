@@ -8,6 +8,9 @@ is resumed; all others define the run, and ``differences`` names those that woul
 import dataclasses
 import difflib
 import json
+import math
+import operator
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,45 @@ from core_flax.types import UserError
 CONFIG_FORMAT = 1
 
 
-def _at_least(section: str, config: Any, **least: int) -> None:
-    for name, bound in least.items():
-        if not getattr(config, name) >= bound:
-            raise UserError(f"--{section}.{name.replace('_', '-')} {getattr(config, name)}: must be {bound} or more")
+def check_range(
+    section: str,
+    config: Any,
+    *names: str,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Refuses fields whose values are not finite or lie outside the bounds. None, where a field may be that, is fine.
+
+    Every config calls it when it is made, so settings out of range are refused in one spelling wherever they come from.
+
+    Args:
+      section: the config's name as a field, which its options begin with; "": it is the whole.
+      config: what holds the fields.
+      names: the fields.
+      least: smallest value.
+      above: what the value must exceed.
+      most: largest value.
+      below: what the value must stay below.
+
+    Raises:
+      UserError: a value is out of range; the text names its option and the bounds.
+    """
+    bounds = [
+        ("{} or more", least, operator.ge),
+        ("more than {}", above, operator.gt),
+        ("at most {}", most, operator.le),
+        ("less than {}", below, operator.lt),
+    ]
+    given = [(words.format(bound), bound, holds) for words, bound, holds in bounds if bound is not None]
+    for name in names:
+        value = getattr(config, name)
+        if value is None or (math.isfinite(value) and all(holds(value, bound) for _, bound, holds in given)):
+            continue
+        option = f"{section}.{name}".removeprefix(".").replace("_", "-")
+        or_none = ", or None" if type(None) in typing.get_args(typing.get_type_hints(type(config))[name]) else ""
+        raise UserError(f"--{option} {value}: must be {' and '.join(words for words, _, _ in given)}{or_none}")
 
 
 @dataclass(frozen=True)
@@ -46,6 +84,12 @@ class OptimizerConfig:
     """Term that keeps the denominator away from zero; adafactor: added to squared gradients; lion has none. None: 1e-8;
     lamb 1e-6; adafactor 1e-30."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        check_range("optimizer", self, "learning_rate", "clip_norm", "epsilon", above=0)
+        check_range("optimizer", self, "weight_decay", least=0)
+        check_range("optimizer", self, "beta1", "beta2", least=0, below=1)
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -63,6 +107,12 @@ class ScheduleConfig:
     """wsd only: length of the final decay in steps; None: a tenth of total_steps."""
     final_fraction: float = 0.0
     """Learning rate at the end as a share of the peak (linear, cosine, wsd)."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        check_range("schedule", self, "warmup_steps", least=0)
+        check_range("schedule", self, "total_steps", "decay_steps", least=1)
+        check_range("schedule", self, "final_fraction", least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +137,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        _at_least("train", self, num_steps=1, batch_size=1, num_microbatches=1, eval_every_steps=0, eval_batches=0)
+        check_range("train", self, "num_steps", "batch_size", "num_microbatches", least=1)
+        check_range("train", self, "eval_every_steps", "eval_batches", least=0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +153,10 @@ class MeshConfig:
     """Ways heads, feed-forward and vocabulary are split."""
 
     FREE: ClassVar = frozenset({"data", "fsdp", "tensor"})
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        check_range("mesh", self, *(("fsdp", "tensor") if self.data == -1 else ("data", "fsdp", "tensor")), least=1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +176,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        _at_least("checkpoint", self, every_steps=0, every_minutes=0, keep_last=1, keep_best=0)
+        check_range("checkpoint", self, "every_steps", "every_minutes", "keep_best", least=0)
+        check_range("checkpoint", self, "keep_last", least=1)
 
 
 @dataclass(frozen=True)
@@ -137,7 +193,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        _at_least("log", self, every_steps=1)
+        check_range("log", self, "every_steps", least=1)
 
 
 @dataclass(frozen=True)
@@ -155,8 +211,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed {self.seed}: must be between 0 and {2**31 - 1}")
+        check_range("", self, "seed", least=0, below=2**31)
 
 
 def with_optimizer_of(config: OptimizerConfig, preset: OptimizerConfig) -> OptimizerConfig:
@@ -172,19 +227,44 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
-    """The inverse of to_dict. Raises UserError on a field that ``cls`` does not have; absent fields take defaults."""
+def from_dict(cls: type, values: Any, where: str = "") -> Any:
+    """The inverse of to_dict; absent fields take defaults.
+
+    Raises:
+      UserError: a field that ``cls`` does not have, a value of another type than the field's, or one out of range.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where.rstrip('.') or 'config'} is {values!r}, no object with settings")
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}
-    for name in values:
+    inner = {}
+    for name, value in values.items():
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             raise UserError(f"unknown setting {where}{name}" + (f"; did you mean {where}{near[0]}?" if near else ""))
-    inner = {
-        name: from_dict(hints[name], value, f"{where}{name}.") if dataclasses.is_dataclass(hints[name]) else value
-        for name, value in values.items()
-    }
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(hints[name], value, f"{where}{name}.")
+        elif not _is_a(hints[name], value):
+            raise UserError(f"{where}{name} is {value!r}, where {_describe(hints[name])} is wanted")
+        inner[name] = value
     return cls(**inner)
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether a value read from JSON has the type of a field."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(each, value) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint in (int, float):  # JSON writes 1.0 and 1, and neither is a bool, which Python takes for an int
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
 
 
 def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
@@ -195,19 +275,39 @@ def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
     partial.replace(path)
 
 
-def load(path: Path, kind: str) -> dict[str, Any]:
-    """Read what ``save`` wrote. Raises UserError if it is missing, of another kind or of a newer format."""
+def load(path: Path, kind: str, **extra: type) -> dict[str, Any]:
+    """Read what ``save`` wrote; ``extra`` are the types of what it was given besides the config.
+
+    Raises:
+      UserError: it is missing, damaged, of another kind or of another format.
+    """
     if not path.is_file():
         raise UserError(f"{path.parent} holds no run: {path.name} is missing; give the --workdir of a training run")
+    remedy = "restore it or start in a new workdir"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it or start in a new workdir") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds no JSON object; {remedy}")
     if stored.get("kind") != kind:
         raise UserError(f"{path} describes a run of kind {stored.get('kind')!r}, not {kind!r}")
     if stored.get("format") != CONFIG_FORMAT:
         raise UserError(f"{path} has format {stored.get('format')}; this version reads format {CONFIG_FORMAT}")
+    for name, hint in {"config": dict, **extra}.items():
+        if name not in stored:
+            raise UserError(f"{path} lacks {name}; {remedy}")
+        if not _is_a(hint, stored[name]):
+            raise UserError(f"{path}: {name} is {stored[name]!r}, where {_describe(hint)} is wanted; {remedy}")
     return stored
+
+
+def load_config(path: Path, cls: type, stored: dict[str, Any]) -> Any:
+    """The settings in what ``load`` returned. Raises UserError that names the file if they are not those of ``cls``."""
+    try:
+        return from_dict(cls, stored["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}; restore it or start in a new workdir") from error
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

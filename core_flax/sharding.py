@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from core_flax.config import MeshConfig
-from core_flax.params import ParamRule, leaves, map_rules
+from core_flax.params import ParamRule, leaves, map_rules, path_of
+from core_flax.state import TrainState
 from core_flax.types import Array, Params, UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -47,9 +48,6 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in MESH_AXES}
-    for name, size in sizes.items():
-        if size < 1 and not (name == "data" and size == -1):
-            raise UserError(f"--mesh.{name} {size}: an axis of the mesh needs a size of 1 or more")
     if sizes["data"] == -1:
         sizes["data"] = max(1, len(devices) // (sizes["fsdp"] * sizes["tensor"]))
     if math.prod(sizes.values()) != len(devices):
@@ -118,18 +116,19 @@ def param_shardings(
     return map_rules(place, params, rules)
 
 
-def state_shardings(abstract_state: Any, params_shardings: Any, mesh: Mesh) -> Any:
+def state_shardings(abstract_state: TrainState, params_shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a whole train state: optimizer arrays that mirror a parameter are placed like it.
 
     An array of the state belongs to the parameter whose path ends its own path and whose shape it has; whatever else
     there is (counters, factored moments) is replicated.
     """
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract_state.params)}
     by_path = dict(leaves(params_shardings))
 
     def place(keys: tuple[Any, ...], leaf: Array) -> NamedSharding:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        path = path_of(keys)
         for name, sharding in by_path.items():
-            if (path == name or path.endswith("/" + name)) and len(sharding.spec) == len(leaf.shape):
+            if f"/{path}".endswith(f"/{name}") and leaf.shape == shapes[name]:
                 return sharding
         return NamedSharding(mesh, PartitionSpec())
 

@@ -1,4 +1,3 @@
-import dataclasses
 import hashlib
 import pickle
 
@@ -391,21 +390,3 @@ def test_too_few_documents_are_refused(tmp_path, vocabulary):
     make_folder(tmp_path, vocabulary, valid_documents=1)
     with pytest.raises(UserError, match=r"has 1 documents in its split 'valid'.*at least 2"):
         make(PassageStore(tmp_path, "valid"), vocabulary)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"length": 7}, "inputs.length 7 is too short"),
-        ({"max_predictions": 0}, "inputs.max_predictions 0 must lie between 1 and 125"),
-        ({"max_predictions": 126}, "inputs.max_predictions 126"),
-        ({"mask_rate": 0.0}, "inputs.mask_rate"),
-        ({"mask_rate": 1.5}, "inputs.mask_rate 1.5"),
-        ({"short_rate": -0.1}, "inputs.short_rate -0.1"),
-        ({"random_next_rate": 2.0}, "inputs.random_next_rate 2.0"),
-        ({"num_workers": -1}, "inputs.num_workers -1"),
-    ],
-)
-def test_settings_that_make_no_example_are_refused(settings, message):
-    with pytest.raises(UserError, match=message):
-        dataclasses.replace(InputsConfig(), **settings)

@@ -88,29 +88,20 @@ def test_neighbouring_steps_stay_apart_in_a_long_run():
         (ScheduleConfig(name="nope"), "schedule.name 'nope'; choose one of linear"),  # type: ignore[arg-type]
         (ScheduleConfig(warmup_steps=100), "schedule.warmup_steps 100 leaves no step .* at most 99"),
         (ScheduleConfig(name="constant", warmup_steps=101), "at most 100"),
-        (ScheduleConfig(warmup_steps=-1), "must not be negative"),
         (ScheduleConfig(decay_steps=10), "decay_steps is for wsd"),
-        (ScheduleConfig(name="wsd", decay_steps=0), "give 1 to 100"),
+        (ScheduleConfig(name="wsd", decay_steps=101), "give 1 to 100"),
         (ScheduleConfig(name="wsd", warmup_steps=50, decay_steps=51), "give 1 to 50"),
         (ScheduleConfig(name="wsd", warmup_steps=95), "decay_steps 10 does not fit"),
-        (ScheduleConfig(final_fraction=1.5), "between 0 and 1"),
         (ScheduleConfig(name="constant", final_fraction=0.1), "final_fraction has no effect"),
         (ScheduleConfig(name="inverse_sqrt", warmup_steps=5, total_steps=200), "total_steps has no effect"),
         (ScheduleConfig(name="inverse_sqrt"), "set schedule.warmup_steps"),
         (ScheduleConfig(total_steps=50), "ends before train.num_steps 100"),
-        (ScheduleConfig(total_steps=0), "must be at least 1"),
     ],
 )
 def test_refused(config, words):
     with pytest.raises(UserError, match=words) as caught:
         make_schedule(config, 1.0, 100)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("peak", [0.0, -1.0, math.nan, math.inf])
-def test_learning_rate_must_be_positive(peak):
-    with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
-        make_schedule(ScheduleConfig(), peak, 100)
 
 
 OTHERS = {"warmup_steps": 7, "total_steps": 150, "decay_steps": 33, "final_fraction": 0.3}

@@ -1,0 +1,125 @@
+"""Settings out of range, and config.json as others may have left it: one clear line for each."""
+
+import dataclasses
+import json
+import math
+import typing
+
+import pytest
+
+from bert_flax.config import BertConfig, InputsConfig, PretrainConfig
+from core_flax import config as configs
+from core_flax.config import (
+    CheckpointConfig,
+    LogConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from core_flax.types import UserError
+
+BOUNDS = [
+    (OptimizerConfig, "learning_rate", [1e-9, 10.0], [0.0, -1.0], "more than 0"),
+    (OptimizerConfig, "weight_decay", [0.0, 2.0], [-0.1], "0 or more"),
+    (OptimizerConfig, "clip_norm", [1e-9, None], [0.0, -1.0], "more than 0, or None"),
+    (OptimizerConfig, "beta1", [0.0, 0.999, None], [-0.1, 1.0], "0 or more and less than 1, or None"),
+    (OptimizerConfig, "beta2", [0.0, 0.999, None], [-0.1, 1.0], "0 or more and less than 1, or None"),
+    (OptimizerConfig, "epsilon", [1e-30, None], [0.0, -1e-8], "more than 0, or None"),
+    (ScheduleConfig, "warmup_steps", [0, 9], [-1], "0 or more"),
+    (ScheduleConfig, "total_steps", [1, None], [0], "1 or more, or None"),
+    (ScheduleConfig, "decay_steps", [1, None], [0], "1 or more, or None"),
+    (ScheduleConfig, "final_fraction", [0.0, 1.0], [-0.1, 1.1], "0 or more and at most 1"),
+    (TrainConfig, "num_steps", [1], [0], "1 or more"),
+    (TrainConfig, "batch_size", [1], [0], "1 or more"),
+    (TrainConfig, "num_microbatches", [1], [0], "1 or more"),
+    (TrainConfig, "eval_every_steps", [0], [-1], "0 or more"),
+    (TrainConfig, "eval_batches", [0], [-1], "0 or more"),
+    (MeshConfig, "data", [1, -1], [0, -2], "1 or more"),
+    (MeshConfig, "fsdp", [1], [0, -1], "1 or more"),
+    (MeshConfig, "tensor", [1], [0, -1], "1 or more"),
+    (CheckpointConfig, "every_steps", [0], [-1], "0 or more"),
+    (CheckpointConfig, "every_minutes", [0.0], [-0.5], "0 or more"),
+    (CheckpointConfig, "keep_last", [1], [0], "1 or more"),
+    (CheckpointConfig, "keep_best", [0], [-1], "0 or more"),
+    (LogConfig, "every_steps", [1], [0], "1 or more"),
+    (PretrainConfig, "seed", [0, 2**31 - 1], [-1, 2**31], "0 or more and less than 2147483648"),
+    *[
+        (BertConfig, name, [1], [0, -1], "1 or more")
+        for name in ("vocab_size", "num_layers", "mlp_width", "max_length", "num_segments")
+    ],
+    (BertConfig, "width", [12], [0], "1 or more"),
+    (BertConfig, "num_heads", [1], [0], "1 or more"),
+    (BertConfig, "dropout", [0.0, 0.9], [-0.1, 1.0], "0 or more and less than 1"),
+    (BertConfig, "attention_dropout", [0.0, 0.9], [-0.1, 1.0], "0 or more and less than 1"),
+    (BertConfig, "init_stddev", [1e-9], [0.0, -0.02], "more than 0"),
+    (BertConfig, "norm_epsilon", [1e-12], [0.0, -1e-12], "more than 0"),
+    (InputsConfig, "length", [23, 512], [7], "8 or more"),
+    (InputsConfig, "max_predictions", [1, 125], [0, 126], "1 or more and at most 125"),
+    (InputsConfig, "long_from_step", [0, None], [-1], "0 or more, or None"),
+    (InputsConfig, "mask_rate", [0.01, 0.99], [0.0, 1.0], "more than 0 and less than 1"),
+    (InputsConfig, "short_rate", [0.0, 1.0], [-0.1, 1.1], "0 or more and at most 1"),
+    (InputsConfig, "random_next_rate", [0.0, 1.0], [-0.1, 1.1], "0 or more and at most 1"),
+    (InputsConfig, "num_workers", [0], [-1], "0 or more"),
+]
+SECTIONS = {field.type: f"{field.name}." for field in dataclasses.fields(PretrainConfig)} | {PretrainConfig: ""}
+
+
+@pytest.mark.parametrize(("cls", "name", "good", "bad", "words"), BOUNDS, ids=lambda each: str(each)[:30])
+def test_ranges(cls, name, good, bad, words):
+    for value in good:
+        assert getattr(cls(**{name: value}), name) == value
+    is_float = float in (typing.get_type_hints(cls)[name], *typing.get_args(typing.get_type_hints(cls)[name]))
+    for value in [*bad, *([math.nan, math.inf, -math.inf] if is_float else [])]:
+        with pytest.raises(UserError) as caught:
+            cls(**{name: value})
+        assert str(caught.value) == f"--{SECTIONS[cls]}{name}".replace("_", "-") + f" {value}: must be {words}"
+
+
+def test_every_number_has_a_range():
+    numbers = set()
+    for cls in SECTIONS:
+        if dataclasses.is_dataclass(cls):
+            for name, hint in typing.get_type_hints(cls).items():
+                if {int, float} & {hint, *typing.get_args(hint)}:
+                    numbers.add((cls, name))
+    assert numbers == {(cls, name) for cls, name, *_ in BOUNDS}
+
+
+# config.json
+
+CONFIG = RunConfig(seed=3, optimizer=OptimizerConfig(name="lion", clip_norm=None), schedule=ScheduleConfig("cosine"))
+
+
+def test_a_config_survives_json():
+    assert configs.from_dict(RunConfig, json.loads(json.dumps(configs.to_dict(CONFIG)))) == CONFIG
+
+
+def test_a_whole_number_is_a_float():
+    assert configs.from_dict(RunConfig, {"optimizer": {"weight_decay": 0}}).optimizer.weight_decay == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sed": 1}, "unknown setting sed; did you mean seed?"),
+        ({"train": {"num_step": 1}}, "unknown setting train.num_step; did you mean train.num_steps?"),
+        ({"train": 7}, "train is 7, no object with settings"),
+        ([], "config is [], no object with settings"),
+        ({"seed": "0"}, "seed is '0', where int is wanted"),
+        ({"seed": 1.5}, "seed is 1.5, where int is wanted"),
+        ({"seed": True}, "seed is True, where int is wanted"),
+        ({"seed": None}, "seed is None, where int is wanted"),
+        ({"log": {"tensorboard": 1}}, "log.tensorboard is 1, where bool is wanted"),
+        ({"optimizer": {"beta1": "0.9"}}, "optimizer.beta1 is '0.9', where float | None is wanted"),
+        ({"optimizer": {"name": "adam"}}, "optimizer.name is 'adam', where one of adamw, lamb, adafactor, lion, muon"),
+        ({"optimizer": {"name": ["muon"]}}, "optimizer.name is ['muon'], where one of"),
+        ({"optimizer": {"beta1": 2}}, "--optimizer.beta1 2: must be 0 or more and less than 1, or None"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind_are_refused(values, message):
+    with pytest.raises(UserError) as caught:
+        configs.from_dict(RunConfig, values)
+    assert str(caught.value).startswith(message)
