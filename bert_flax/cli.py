@@ -46,10 +46,11 @@ def _presets(argv: Sequence[str]) -> None:
     from bert_flax.runs import num_parameters
 
     cli.parse(Nothing, argv, f"{PROG} presets")
+    print("Sizes hold for the vocabulary named; with another one's, the embedding table is smaller or larger.")
     for name, preset in PRESETS.items():
-        config = preset()
-        summary = (preset.__doc__ or "").strip().splitlines()[0]
-        print(f"{name:<12} {num_parameters(config.model):>12,} parameters  {summary}")
+        model = preset().model
+        sizes = f"{num_parameters(model):>11,} parameters, vocabulary {model.vocab_size:>6,}"
+        print(f"{name:<12} {sizes}  {_paragraphs(preset)[0]}")
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,28 @@ def _pretrain(argv: Sequence[str]) -> None:
     from bert_flax.runs import PretrainCommand, pretrain
     from core_flax.hardware import keep_freed_memory
 
-    name = argv[0] if argv and not argv[0].startswith("-") else None
-    if name is not None and name not in PRESETS:
+    words, rest = cli.take_words(PretrainCommand, argv)
+    if len(words) > 1:
+        raise UserError(f"{' '.join(words)}: one preset at a time; settings are options (--name value)")
+    name = words[0] if words else "bert_demo"
+    if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}{cli.suggest(name, PRESETS)}; {PROG} presets lists them")
-    preset = PRESETS[name or "bert_demo"]
-    default = PretrainCommand.of(preset())
-    rest = argv[1:] if name else argv
-    doc = (
-        f"{PROG} pretrain [PRESET] [options] pretrains, or resumes, in --workdir. Presets: {', '.join(PRESETS)}. "
-        f"Preset {preset.__name__}: {preset.__doc__}"
+    preset = PRESETS[name]
+    doc = [
+        f"{PROG} pretrain [PRESET] --workdir DIR [options] pretrains a model, or resumes the run that is in DIR.",
+        f"Presets: {', '.join(PRESETS)}; without one, bert_demo. {PROG} presets tells their sizes.",
+        f"Defaults below are those of {name}. {' '.join(_paragraphs(preset))}",
+    ]
+    command = cli.parse(
+        PretrainCommand, rest, f"{PROG} pretrain {name}", PretrainCommand.of(preset()), "\n\n".join(doc)
     )
-    command = cli.parse(PretrainCommand, rest, f"{PROG} pretrain {preset.__name__}", default, doc)
     keep_freed_memory()
     pretrain(command, preset())
+
+
+def _paragraphs(documented: object) -> list[str]:
+    """A docstring's paragraphs, each on one line."""
+    return [" ".join(each.replace("``", "").split()) for each in (documented.__doc__ or "").split("\n\n")]
 
 
 @dataclass(frozen=True)

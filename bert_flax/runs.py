@@ -12,6 +12,7 @@ import tyro
 from bert_flax.config import BertConfig, PretrainConfig
 from bert_flax.model import BertForPreTraining
 from bert_flax.prepare import PrepareConfig, prepare
+from bert_flax.presets import OWN_TEXT_VOCAB_SIZE
 from bert_flax.pretrain import make_task
 from bert_flax.sharding import PARAM_RULES
 from core_flax import config as configs
@@ -27,8 +28,6 @@ from core_flax.types import Params, UserError
 
 KIND = "bert_flax.pretrain"
 CONFIG, VOCAB = "config.json", "vocab.txt"
-OWN_TEXT_VOCAB_SIZE = 4096
-"""Vocabulary of the text that Python ships, half a megabyte: more would be words that occur once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +70,11 @@ class Run:
     def load(cls, workdir: str) -> "Run":
         """Raises UserError if the folder holds no pretraining run."""
         folder = Path(workdir)
-        stored = configs.load(folder / CONFIG, KIND)
+        stored = configs.load(folder / CONFIG, KIND, data=str, content=str, tokenizer=str, lowercase=bool)
         vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
         if vocabulary.fingerprint != stored["tokenizer"]:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
-        config = configs.from_dict(PretrainConfig, stored["config"])
+        config = configs.load_config(folder / CONFIG, PretrainConfig, stored)
         return cls(folder, config, vocabulary, folder.absolute() / stored["data"], stored["content"])
 
     def params(self, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> tuple[Params, int]:

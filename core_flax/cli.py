@@ -9,10 +9,13 @@ import itertools
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import docstring_parser
 import tyro
+from tyro.constructors import StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from core_flax.signals import Stopped
 from core_flax.types import UserError
@@ -98,36 +101,88 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
     Raises:
       UserError: an unknown option (with the nearest known one), a value of the wrong type, a missing option.
     """
-    known = option_names(cls)
+    known = options_of(cls)
     for argument in argv:
         if argument == "--":
             break
-        name = argument.partition("=")[0].replace("_", "-")
+        name = _option(argument)
         if name.startswith("--") and name not in known and name != "--help":
             raise UserError(f"unknown option {name}{suggest(name, known)}; see {prog} --help")
-    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, args=list(argv), prog=prog, description=description or None, **defaults)
+            return tyro.cli(
+                cls, args=list(argv), prog=prog, description=description or None, registry=_registry, **given
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(f"{_first_sentence(printed.getvalue())}; see {prog} --help") from None
 
 
-def option_names(cls: Any, prefix: str = "--") -> set[str]:
-    """The options that a dataclass's fields become, with "--no-x" for flags."""
-    names = set()
+def take_words(cls: Any, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words that are neither options of ``cls`` nor their values, all the rest), wherever they stand."""
+    words, rest = [], []
+    known, is_value = options_of(cls) | {"-h": False, "--help": False}, False
+    for argument in argv:
+        is_word = not is_value and not argument.startswith("-")
+        (words if is_word else rest).append(argument)
+        is_option = not is_value and not is_word
+        is_value = is_option and "=" not in argument and known.get(_option(argument), True)
+    return words, rest
+
+
+def options_of(cls: Any, prefix: str = "--") -> dict[str, bool]:
+    """The options that a dataclass's fields become, and whether a value follows: none does for flags ("--no-x")."""
+    found = {}
     for field in dataclasses.fields(cls):
         option = prefix + field.name.replace("_", "-")
-        inner = field.type
-        if dataclasses.is_dataclass(inner):
-            names |= option_names(inner, option + ".")
+        if dataclasses.is_dataclass(field.type):
+            found |= options_of(field.type, option + ".")
+        elif field.type is bool:
+            found |= {option: False, f"{prefix}no-{option.removeprefix(prefix)}": False}
         else:
-            head, _, tail = option.rpartition(".") if "." in option else ("--", "", option[2:])
-            names |= {option, f"{head}.no-{tail}" if "." in option else f"--no-{tail}"}
-    return names
+            found[option] = True
+    return found
+
+
+def _option(argument: str) -> str:
+    """The option in "--section.some_name=value", as it is written in the help."""
+    return argument.partition("=")[0].replace("_", "-")
+
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.struct_rule
+def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """tyro's own rule, but that a field's docstring is one paragraph, and that required fields come first."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    types, help_texts = typing.get_type_hints(info.type, include_extras=True), _field_docstrings(info.type)
+    fields = [
+        StructFieldSpec(field.name, types[field.name], _default(field, info.default), help_texts.get(field.name))
+        for field in dataclasses.fields(info.type)
+    ]
+    return StructConstructorSpec(info.type, tuple(sorted(fields, key=lambda field: field.default not in _NO_VALUE)))
+
+
+_NO_VALUE = (tyro.MISSING, tyro.constructors.MISSING_NONPROP)
+
+
+def _default(field: dataclasses.Field, whole: Any) -> Any:
+    if whole not in _NO_VALUE:
+        return getattr(whole, field.name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.constructors.MISSING_NONPROP if field.default is dataclasses.MISSING else field.default
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """The string under each field, on one line."""
+    documented = [docstring_parser.parse_from_object(base).params for base in reversed(cls.__mro__[:-1])]
+    return {each.arg_name: " ".join((each.description or "").split()) for params in documented for each in params}
 
 
 def _first_sentence(box: str) -> str:

@@ -103,9 +103,12 @@ def test_a_vocabulary_without_mask(refuse, corpus, tmp_path):
         ({"train__num_microbatches": 3}, "--train.batch-size 8 does not divide by 3 microbatches"),
         ({"mesh__fsdp": 3}, "4 devices"),
         ({"model__vocab_size": 50}, "--model.vocab-size 50"),
-        ({"train__num_steps": -1}, "train.num"),
-        ({"train__batch_size": 0}, "batch"),
-        ({"log__every_steps": -1}, "log.every"),
+        ({"train__num_steps": -1}, "--train.num-steps -1: must be 1 or more"),
+        ({"train__batch_size": 0}, "--train.batch-size 0: must be 1 or more"),
+        ({"log__every_steps": -1}, "--log.every-steps -1: must be 1 or more"),
+        ({"model__init_stddev": 0}, "--model.init-stddev 0.0: must be more than 0"),
+        ({"optimizer__learning_rate": "nan"}, "--optimizer.learning-rate nan: must be more than 0"),
+        ({"inputs__long_from_step": -1}, "--inputs.long-from-step -1: must be 0 or more, or None"),
         ({"optimizer__name": "adam"}, "adamw"),
         ({"train__num_steps": "many"}, "many"),
         ({"schedule__total_steps": 3, "schedule__final_fraction": 0}, "schedule.total"),
@@ -139,6 +142,11 @@ def test_a_length_that_no_preset_takes(refuse, bert_flax, tmp_path):
 )
 def test_a_misspelt_word_is_corrected(refuse, argv, suggestion):
     assert f"did you mean {suggestion}?" in refuse(*argv)
+
+
+def test_two_presets(refuse, tmp_path):
+    assert "one preset at a time" in refuse("pretrain", "bert_tiny", "--workdir", tmp_path / "run", "bert_mini")
+    assert "one preset at a time" in refuse("pretrain", "--log.no-tensorboard", "bert_tiny", "bert_mini")
 
 
 def test_a_missing_option_is_named(refuse):
@@ -181,6 +189,37 @@ def test_a_workdir_without_a_run(refuse, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds no JSON object"),
+        ({"kind": "lm"}, "describes a run of kind 'lm'"),
+        ({"format": 99}, "has format 99"),
+        ({"lowercase": None}, "lacks lowercase"),
+        ({"config": None}, "lacks config"),
+        ({"data": None}, "lacks data"),
+        ({"data": 3}, "data is 3, where str is wanted"),
+        ({"tokenizer": ["x"]}, "tokenizer is ['x'], where str is wanted"),
+        ({"config": {"seed": "0"}}, "seed is '0', where int is wanted"),
+        ({"config": {"model": []}}, "model is [], no object with settings"),
+        ({"config": {"train": {"steps": 3}}}, "unknown setting train.steps"),
+        ({"config": {"model": {"width": -3}}}, "--model.width -3: must be 1 or more"),
+    ],
+    ids=str,
+)
+def test_a_damaged_config(refuse, bert_flax, finished_run, tmp_path, content, message):
+    """Text, or what takes the place of a field; None: the field is gone."""
+    workdir = shutil.copytree(finished_run, tmp_path / "run")
+    if isinstance(content, dict):
+        stored = json.loads((workdir / "config.json").read_text()) | content
+        content = json.dumps({name: value for name, value in stored.items() if value is not None})
+    (workdir / "config.json").write_text(content)
+    for command in (bert_flax.pretrain(workdir), ["evaluate", "--workdir", workdir]):
+        line = refuse(*command)
+        assert f"{workdir / 'config.json'}" in line and message in line
+
+
 def test_a_workdir_that_cannot_be(refuse, bert_flax, corpus):
     assert str(corpus) in refuse(*bert_flax.pretrain(corpus / "run"))
 
@@ -216,8 +255,9 @@ def test_a_full_disk_during_a_checkpoint(bert_flax, finished_run, tmp_path):
     assert done.returncode == 0 and "resumes at step 6" in done.stdout and done.stderr == ""
 
 
-def test_a_full_disk_during_a_log_line(bert_flax, tmp_path):
+def test_a_full_disk_during_a_log_line(bert_flax, tmp_path, monkeypatch):
     """metrics.jsonl outgrows what the disk has left before any checkpoint is due."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # JAX would warn that it cannot write there either
     command = bert_flax.pretrain(tmp_path, train__num_steps=200, checkpoint__every_steps=0)
     done = bert_flax.run(*command, max_file_kb=20)
     assert done.returncode == 2

@@ -109,9 +109,26 @@ def test_own_text_moves_with_the_run(call, finished_run, data, tmp_path):
 def test_presets(call):
     done = call("presets")
     assert (done.returncode, done.stderr) == (0, "")
-    listed = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()}
+    listed = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[1:]}
     assert set(listed) == set(PRESETS) == {"bert_demo", *SIZES}
     assert {name: listed[name] for name in SIZES} == SIZES
+
+
+def test_the_listed_size_of_the_demo_is_that_of_its_run(call, tmp_path):
+    listed = next(line for line in call("presets").stdout.splitlines() if line.startswith("bert_demo"))
+    small = ["--schedule.warmup-steps=0", "--train.num-steps=1", "--train.eval-batches=1"]
+    done = call("pretrain", "--workdir", tmp_path, *small)
+    assert done.returncode == 0, done.stderr
+    assert f"starts: {listed.split()[1]} parameters" in done.stdout
+
+
+def test_a_preset_may_stand_anywhere(call, bert_flax, tmp_path):
+    """And an option's value is no preset, even if it has the name of one."""
+    command = bert_flax.pretrain(tmp_path / "bert_base", train__num_steps=1)
+    command.remove("bert_tiny")
+    for argv in ([*command, "bert_tiny"], [command[0], "--log.no-tensorboard", "bert_tiny", *command[1:]]):
+        done = call(*argv, "--data", bert_flax.data, "--log.every_steps", "1")
+        assert done.returncode == 0, done.stderr
 
 
 # Help
@@ -144,6 +161,7 @@ def test_help_documents_every_setting_and_its_default(call, command, monkeypatch
     done = call(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert command in call("--help").stdout
+    assert "``" not in done.stdout and "\n\n\n" not in done.stdout
     shown = " ".join(done.stdout.replace("│", " ").split())
     default = PRESETS["bert_demo"]()
     for option, cls, field in settings(COMMANDS[command]) if COMMANDS[command] else ():
