@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
@@ -64,10 +64,28 @@ class Checkpoints:
         """The lowest held-out loss of a checkpoint; None if none was saved with a loss."""
         return next(iter(_by_loss(self.directory).values()), None)
 
-    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> None:
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """Held-out metrics that a complete checkpoint was saved with or given later; {} if there are none."""
+        return snapshot.read_manifest(self.directory / str(step))["metrics"] or {}
+
+    def notes(self, step: int) -> Mapping[str, Any]:
+        """What ``save`` was given as notes; {} if it was nothing."""
+        return snapshot.read_manifest(self.directory / str(step)).get("notes", {})
+
+    def save(
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start to write a checkpoint of state.step; returns as soon as the state may be donated.
 
         A step that has been saved is not written again; metrics that it lacked are added.
+
+        Args:
+          state: what is saved.
+          metrics: held-out metrics; "loss" ranks the checkpoints.
+          notes: what else, in JSON's types, is to be known when the run goes on from here. No result depends on it.
 
         Raises:
           UserError: there is no room for it, or the save before it failed.
@@ -83,7 +101,7 @@ class Checkpoints:
             raise self._unsaved(step, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         # When Orbax's save returns, the bytes are on the host; those of CPU devices it reads in place, and JAX gives
         # a buffer that is held so to nobody else, donated or not.
-        content = snapshot.content(step, named, metrics)
+        content = snapshot.content(step, named, metrics, notes)
         self._pending = step, needed
         with self._cleaning_up():
             self._writer.save(self.directory / str(step), args=content)

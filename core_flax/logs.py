@@ -13,6 +13,7 @@ import time
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -35,11 +36,31 @@ def quiet_libraries() -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for name in ("jax", "orbax", "flax", "grain", "etils"):
+    for name in ("jax", "orbax", "flax", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     logging.getLogger("jax").propagate = False  # jax prints by itself; absl's handler would print the same again
     absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Figures of the steps since the last record, added up in order.
+
+    A run that is resumed goes on with the sums of the run before, so its records are those of one that never stopped.
+    """
+
+    num_steps: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+    def plus(self, figures: Mapping[str, float]) -> "Interval":
+        """The interval with one more step."""
+        sums = {name: self.sums.get(name, 0.0) + value for name, value in figures.items()}
+        return Interval(self.num_steps + 1, sums)
+
+    def means(self) -> dict[str, float]:
+        """What a record says."""
+        return {name: total / self.num_steps for name, total in self.sums.items()}
 
 
 class MetricsFile:
@@ -48,6 +69,7 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: TextIO | None = None
+        self._known: set[tuple[int, str]] = set()  # (step, name) of the step that the run goes on from
 
     def truncate_after(self, step: int) -> None:
         """Drop records of later steps, which a resumed run will write again, and a last line that a kill cut short.
@@ -69,9 +91,16 @@ class MetricsFile:
         if number == count and not line.endswith("\n"):
             return False
         try:
-            return json.loads(line)["step"] <= step
+            record = json.loads(line)
+            if record["step"] == step:
+                self._known |= {(step, name) for name in record}
+            return record["step"] <= step
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self._path} line {number} is no record of metrics; move the file away") from error
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a record of the step that the run goes on from (``truncate_after``) has this figure already."""
+        return (step, name) in self._known
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a record; it is in the file when this returns. What is not finite becomes null."""
@@ -179,13 +208,11 @@ class Progress:
             clock: Seconds that only go up; for tests.
         """
         self._total, self._step = total_steps, start_step
-        self._tokens, self._examples = tokens_per_step, examples_per_step
-        self._peak_flops = peak_flops
+        self._tokens, self._examples, self._peak_flops = tokens_per_step, examples_per_step, peak_flops
         self._mfu_per_rate = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._stream, self._silent, self._clock = stream or sys.stdout, silent, clock
         self._start, self._began = start_step, clock()
-        self._paused = self._waited = 0.0
-        self._tokens_done = 0
+        self._paused, self._waited, self._tokens_done = 0.0, 0.0, 0
         self._window: deque[_Mark] = deque()
         self._first: _Mark | None = None
         self._values: dict[str, float] = {}
@@ -255,7 +282,8 @@ class Progress:
         if not steps:
             lines = [f"nothing to train: step {self._step} of {self._total} was reached before"]
         else:
-            lines = [f"{steps} steps in {_duration(self._clock() - self._began)}, {_count(self._tokens_done)} tokens"]
+            done = f"{steps} step{'s' if steps > 1 else ''} in {_duration(self._clock() - self._began)}"
+            lines = [f"{done}, {_count(self._tokens_done)} tokens"]
             if self._first is not None and self._window[-1].seconds > self._first.seconds:
                 last = self._window[-1]
                 rate = (last.tokens - self._first.tokens) / (last.seconds - self._first.seconds)

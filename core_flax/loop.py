@@ -1,10 +1,12 @@
 """The training loop: every family's, one machine's or many's."""
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ from core_flax import hardware, sharding
 from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, RunConfig
 from core_flax.evaluate import make_evaluate
-from core_flax.logs import MetricsFile, Progress, open_tensorboard
+from core_flax.logs import Interval, MetricsFile, Progress, open_tensorboard
 from core_flax.optim import make_optimizer
 from core_flax.params import ParamRule, count
 from core_flax.schedule import make_schedule
 from core_flax.signals import EXIT_NOT_FINITE, Interrupted, StopFlag, Stopped, stop_on_signal
 from core_flax.state import TrainState
 from core_flax.step import Metrics, first_bad_parameter, make_train_step
-from core_flax.task import Task
+from core_flax.task import Evaluator, Task
 from core_flax.types import Batch
 
 HIDDEN = ("gradient_norm", "update_norm", "learning_rate")
@@ -110,16 +112,19 @@ def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dic
         # Left last to first, after an error too: a checkpoint under way is completed before anything is reported.
         saver = Saver(Checkpoints(workdir / "checkpoints", config.checkpoint), config.checkpoint)
         stack.enter_context(contextlib.closing(saver.checkpoints))
-        restored = saver.checkpoints.restore_latest(program.abstract_state)
+        restored = saver.restore(program.abstract_state)
         state, start = restored or (program.init(jax.random.key(config.seed)), 0)
-        recorder = stack.enter_context(contextlib.closing(Recorder(task, config, program, workdir, start)))
-        recorder.announce(state, start)
-        state = _steps(task, config, program, state, start, saver, recorder, stop)
-        held_out = recorder.evaluate(max(start, config.train.num_steps), state.params)
-        saver.save(state, held_out)
+        recorder = Recorder(task, config, program, workdir, start, stop)
+        stack.enter_context(contextlib.closing(recorder))
+        recorder.announce(state)
+        recorder.interval = saver.interval(start)
+        after = partial(_after, config, saver, recorder, stop)
+        held_out = after(start, state) if _owes_evaluation(config, saver, start) else {}
+        if start < config.train.num_steps:
+            held_out = _steps(task, config, program, state, start, recorder, after)
         saver.checkpoints.wait()
         recorder.summarize()
-        return held_out
+        return dict(held_out)
 
 
 def _steps(
@@ -128,13 +133,13 @@ def _steps(
     program: Program,
     state: TrainState,
     start: int,
-    saver: "Saver",
     recorder: "Recorder",
-    stop: StopFlag,
-) -> TrainState:
-    """Takes the steps from ``start`` on and returns the last state."""
+    after: Callable[[int, TrainState], Mapping[str, float]],
+) -> Mapping[str, float]:
+    """Takes the steps from ``start`` on, and does what is due after each. Returns the last one's held-out metrics."""
     batch_size, last = config.train.batch_size, config.train.num_steps
     rows = sharding.host_rows(batch_size, program.mesh)
+    held_out: Mapping[str, float] = {}
     with contextlib.closing(task.batches(start, rows)) as batches:
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
@@ -142,23 +147,63 @@ def _steps(
             wait = time.perf_counter() - began
             state, metrics = program.step(state, batch)
             recorder.record(step, metrics, wait)
-            held_out: Mapping[str, float] = {}
-            if _every(config.train.eval_every_steps, step) and step < last:
-                held_out = recorder.evaluate(step, state.params)
-            told = stop.signal  # read once: it may come at any moment, and what is said must be what was done
-            if told or (saver.is_due(step, held_out) and step < last):
-                recorder.flush()  # a state is saved only when its step is known to be finite
-                with recorder.pause("saving"):
-                    saver.save(state, held_out)
-            if told and step < last:
-                saver.checkpoints.wait()
-                raise Interrupted(f"{told.name}: step {step} is saved; run the same command to resume")
-    recorder.flush()
-    return state
+            held_out = after(step, state)
+    return held_out
+
+
+def _after(
+    config: RunConfig, saver: "Saver", recorder: "Recorder", stop: StopFlag, step: int, state: TrainState
+) -> Mapping[str, float]:
+    """Evaluates, saves and stops as is due after a step. Returns the held-out metrics if they were taken.
+
+    Raises:
+      Interrupted: a signal came; the state is saved. An evaluation that was under way, or due, is given up: whoever
+        takes the machine away leaves half a minute. It is made up for when the run goes on.
+    """
+    is_last = step >= config.train.num_steps
+    held_out: Mapping[str, float] = {}
+    complete = True
+    if is_last or _every(config.train.eval_every_steps, step):
+        try:
+            held_out = recorder.evaluate(step, state.params)
+        except _GivenUp:
+            complete = False
+    told = stop.signal  # read once: it may come at any moment, and what is said must be what was done
+    if told or is_last or saver.is_due(step, held_out):
+        recorder.flush()  # a state is saved only when its step is known to be finite
+        with recorder.pause("saving"):
+            saver.save(state, held_out, recorder.interval)
+    if told and not (is_last and complete):
+        saver.checkpoints.wait()
+        raise Interrupted(f"{told.name}: step {step} is saved; run the same command to resume")
+    return held_out
+
+
+def _owes_evaluation(config: RunConfig, saver: "Saver", start: int) -> bool:
+    """Whether the step that the run goes on from is to be evaluated: it is the last, or a signal came before it was."""
+    if start >= config.train.num_steps:
+        return True
+    return start > 0 and _every(config.train.eval_every_steps, start) and not saver.checkpoints.metrics(start)
 
 
 def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+class _GivenUp(Exception):
+    """An evaluation that a signal put an end to."""
+
+
+def _until_told(evaluator: Evaluator, stop: StopFlag) -> Evaluator:
+    """The evaluator, given up before its next batch once a signal has come."""
+
+    def batches() -> Iterator[Batch]:
+        for batch in evaluator.batches():
+            if stop:
+                raise _GivenUp
+            yield batch
+
+    return dataclasses.replace(evaluator, batches=batches)
 
 
 class Saver:
@@ -170,17 +215,29 @@ class Saver:
         self._last = time.monotonic()
         self._best = math.inf
 
+    def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
+        """As ``Checkpoints.restore_latest``; the best loss seen is that of the checkpoints there are."""
+        restored = self.checkpoints.restore_latest(abstract)
+        best = self.checkpoints.best_loss
+        self._best = math.inf if best is None else best
+        return restored
+
+    def interval(self, step: int) -> Interval:
+        """The logging interval that was under way when the step was saved."""
+        return Interval(**self.checkpoints.notes(step).get("interval", {})) if step else Interval()
+
     def is_due(self, step: int, held_out: Mapping[str, float]) -> bool:
         """Whether the state of this step, with these held-out metrics if any were taken, is to be saved."""
         minutes = (time.monotonic() - self._last) / 60
         is_best = self._config.keep_best > 0 and bool(held_out) and held_out["loss"] < self._best
         return is_best or _every(self._config.every_steps, step) or 0 < self._config.every_minutes <= minutes
 
-    def save(self, state: TrainState, held_out: Mapping[str, float]) -> None:
+    def save(self, state: TrainState, held_out: Mapping[str, float], interval: Interval) -> None:
         """Starts to save; returns when the state may be given up."""
         if held_out:
             self._best = min(self._best, held_out["loss"])
-        self.checkpoints.save(state, {"loss": held_out["loss"]} if held_out else None)
+        notes = {"interval": dataclasses.asdict(interval)} if interval.num_steps else None
+        self.checkpoints.save(state, {"loss": held_out["loss"]} if held_out else None, notes)
         self._last = time.monotonic()
 
 
@@ -188,14 +245,21 @@ class Recorder:
     """Takes the metrics of each step, one step late, checks them, and tells people and files about them.
 
     One step late, because reading a metric waits for its step: by then the device is busy with the next one.
+
+    Attributes:
+      interval: figures of the steps since the last record, but for the step that is pending.
     """
 
-    def __init__(self, task: Task, config: RunConfig, program: Program, workdir: Path, start: int) -> None:
+    def __init__(
+        self, task: Task, config: RunConfig, program: Program, workdir: Path, start: int, stop: StopFlag
+    ) -> None:
         self._config = config
         self._mesh = program.mesh
         self._workdir = workdir
         self._start = start
-        self._evaluators = {name: make_evaluate(each, program.mesh) for name, each in task.evaluators.items()}
+        self._evaluators = {
+            name: make_evaluate(_until_told(each, stop), program.mesh) for name, each in task.evaluators.items()
+        }
         self._objectives = {name: each.objective for name, each in task.evaluators.items()}
         self._abstract_params = program.abstract_state.params
         self._leads = jax.process_index() == 0  # the others compute the same figures and keep them to themselves
@@ -215,7 +279,7 @@ class Recorder:
             silent=not self._leads,
         )
         self._pending: tuple[int, Metrics] | None = None
-        self._interval: list[Mapping[str, float]] = []
+        self.interval = Interval()
         self._wait = 0.0
         self._started = False
 
@@ -226,11 +290,11 @@ class Recorder:
         if self._board:
             self._board.close()
 
-    def announce(self, state: TrainState, start: int) -> None:
+    def announce(self, state: TrainState) -> None:
         """Says what is about to run."""
         axes = " x ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items() if size > 1) or "1 device"
         self._progress.message(
-            f"{f'resumes at step {start}' if start else 'starts'}: {count(state.params):,} parameters, "
+            f"{f'resumes at step {self._start}' if self._start else 'starts'}: {count(state.params):,} parameters, "
             f"{axes} ({self._mesh.devices.flat[0].device_kind}), batch of {self._config.train.batch_size}, "
             f"{self._config.train.num_steps} steps"
         )
@@ -259,13 +323,13 @@ class Recorder:
             # What came before, compilation and the first batch, is no sign of what is to come.
             self._progress.start_clock(step)
             self._started, self._wait = True, 0.0
-        self._interval.append(scalars)
+        self.interval = self.interval.plus(scalars)
         if _every(self._config.log.every_steps, step) or step == self._config.train.num_steps:
-            means = {name: sum(each[name] for each in self._interval) / len(self._interval) for name in scalars}
+            means = self.interval.means()
             shown = {name: value for name, value in means.items() if name not in HIDDEN}
             rates = self._progress.update(step, shown, self._wait)
             self._write(step, means | rates)
-            self._interval, self._wait = [], 0.0
+            self.interval, self._wait = Interval(), 0.0
             if self._task.cost(step) != self._cost:
                 self._cost = self._task.cost(step)
                 self._progress.change_cost(self._cost.tokens, self._cost.flops)
@@ -279,15 +343,20 @@ class Recorder:
         )
 
     def evaluate(self, step: int, params: Any) -> dict[str, float]:
-        """Held-out metrics of all evaluators, written down; "loss" is the first one's objective."""
+        """Held-out metrics of all evaluators, written down; "loss" is the first one's objective.
+
+        Raises:
+          _GivenUp: a signal came.
+        """
         self.flush()
         held_out: dict[str, float] = {}
         with self.pause("evaluating"):
             for name, evaluate in self._evaluators.items():
                 metrics = evaluate(params)
                 held_out = held_out or {"loss": metrics[self._objectives[name]], **metrics}
-                if step > self._start:  # else the run was complete and it has been written
-                    self._write(step, {f"{name}/{key}": value for key, value in metrics.items()})
+                named = {f"{name}/{key}": value for key, value in metrics.items()}
+                if not any(self._file.has(step, key) for key in named):  # as a run that was complete has
+                    self._write(step, named)
                 figures = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
                 self._progress.message(f"step {step} {name}: {figures}")
         return held_out

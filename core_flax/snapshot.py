@@ -1,9 +1,9 @@
 """One checkpoint on disk: arrays, and a manifest that lets every bit of them be verified.
 
 ``<step>/arrays`` holds the arrays under our own names as nested dicts ("params", "encoder", "kernel"), written by
-Orbax. ``<step>/manifest/manifest.json`` holds the schema's version, the step, the held-out metrics, shape, dtype and
-fingerprint of every array by its name ("params/encoder/kernel"), and a checksum of itself. No name of a framework's
-class is needed to read it, and nothing depends on how many devices wrote it.
+Orbax. ``<step>/manifest/manifest.json`` holds the schema's version, the step, the held-out metrics, the loop's notes,
+shape, dtype and fingerprint of every array by its name ("params/encoder/kernel"), and a checksum of itself. No name of
+a framework's class is needed to read it, and nothing depends on how many devices wrote it.
 """
 
 import json
@@ -30,7 +30,8 @@ SCHEMA = 1
 _ORBAX = f"{os.sep}orbax{os.sep}"
 
 Manifest = dict[str, Any]
-"""Content of manifest.json: schema, step, metrics or None, arrays (by name: shape, dtype, fingerprint), checksum."""
+"""Content of manifest.json: schema, step, metrics or None, notes if there are any, arrays (by name: shape, dtype,
+fingerprint), checksum."""
 
 
 class DamagedError(Exception):
@@ -93,13 +94,16 @@ def make_writer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
-def content(step: int, named: Mapping[str, Array], metrics: Mapping[str, float] | None) -> ocp.args.Composite:
+def content(
+    step: int, named: Mapping[str, Array], metrics: Mapping[str, float] | None, notes: Mapping[str, Any] | None = None
+) -> ocp.args.Composite:
     """The content of a checkpoint, for the writer; waits for the arrays to be computed."""
     marks = fingerprints(named)
     arrays = {
         name: {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": marks[name]} for name, x in named.items()
     }
-    manifest = seal({"schema": SCHEMA, "step": step, "metrics": _floats(metrics), "arrays": arrays})
+    noted = {"notes": dict(notes)} if notes else {}
+    manifest = seal({"schema": SCHEMA, "step": step, "metrics": _floats(metrics), **noted, "arrays": arrays})
     return ocp.args.Composite(arrays=ocp.args.PyTreeSave(_nested(named)), manifest=ocp.args.JsonSave(manifest))
 
 

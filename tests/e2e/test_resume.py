@@ -87,9 +87,20 @@ def test_killed_runs_end_bitwise_equal(bert_flax, uninterrupted, tmp_path):
     assert arrays(tmp_path, NUM_STEPS) == arrays(uninterrupted, NUM_STEPS)
 
 
+@pytest.mark.parametrize("stop", [2, 3])
+def test_averages_over_several_steps_do_not_show_where_a_run_was_stopped(call, bert_flax, tmp_path, stop):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(*bert_flax.pretrain(whole, log__every_steps=4))
+    call(*bert_flax.pretrain(parts, log__every_steps=4, checkpoint__every_steps=1, checkpoint__keep_last=9))
+    for step in range(stop + 1, 7):  # as if it had been killed
+        shutil.rmtree(parts / "checkpoints" / str(step))
+    assert call(*bert_flax.pretrain(parts, log__every_steps=4)).returncode == 0
+    assert curve(parts) == curve(whole) and len(losses(whole)) == 2
+
+
 def test_another_mesh_and_microbatches_go_on_alike(bert_flax, call, tmp_path):
     first = {"mesh__data": 4}
-    second = {"mesh__fsdp": 2, "mesh__tensor": 2, "train__num_microbatches": 2}
+    second = {"mesh__fsdp": 2, "mesh__tensor": 2, "train__num_microbatches": 2, "model__remat": "block"}
     here, there = tmp_path / "here", tmp_path / "there"
     call(*bert_flax.pretrain(here, train__num_steps=2, **first))
     shutil.copytree(here, there)

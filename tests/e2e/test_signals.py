@@ -1,10 +1,12 @@
 """Being told to stop: the first signal saves, a second one ends the run at once."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Process
@@ -38,6 +40,32 @@ def test_a_signal_saves_and_the_next_run_goes_on_from_there(bert_flax, tmp_path,
     assert again.returncode == 0 and again.stderr == ""
     assert f"resumes at step {step}" in again.stdout
     assert f"step {step + 1}/" in again.stdout and f"step {step}/" not in again.stdout
+
+
+def children(pid):
+    """Processes that a process has started."""
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_to_the_workers_too_saves(bert_flax, tmp_path, number):
+    """A scheduler's, or Ctrl-C in a terminal: every process gets it."""
+    with bert_flax.start(*bert_flax.pretrain(tmp_path, **LONG, inputs__num_workers=2)) as process:
+        wait_for(process, "step 3/")
+        family = [*children(process.pid), process.pid]
+        assert len(family) >= 3
+        for pid in family:
+            os.kill(pid, number)
+        _, err = process.communicate(timeout=60)
+    (step,) = list_steps(tmp_path / "checkpoints")
+    assert process.returncode == 75
+    assert err.splitlines() == [f"bert-flax: {number.name}: step {step} is saved; run the same command to resume"]
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in family) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in family)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
