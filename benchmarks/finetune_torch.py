@@ -317,7 +317,7 @@ def run(task: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         outputs, seconds = predict(model, work, options)
         metrics = {name: round(100 * float(value), 3) for name, value in work.score(outputs).items()}
         epochs.append({"epoch": epoch + 1, "metrics": metrics, **figures, "predict_seconds": seconds})
-        print(f"{task} seed {seed} epoch {epoch + 1}: loss {figures['train_loss']:.4f} {metrics}", flush=True)
+        print(f"{task} seed {seed}: {json.dumps(epochs[-1])}", flush=True)
     timed = sum(each["timed_seconds"] for each in epochs)
     return {
         "metrics": epochs[-1]["metrics"],
