@@ -117,7 +117,7 @@ def run(config: OptimizerConfig, gradients: list[dict] = GRADIENTS, rules=RULES,
     optimizer = make_optimizer(config, lambda count: LEARNING_RATE / (1.0 + count), rules)
     state = optimizer.init(params)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # there are fifty to compile
     def step(params, state, gradient):
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
