@@ -43,12 +43,11 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
 
     0 rather than nan: a model that always says the same has learned nothing, and its runs must still be comparable.
     """
-    predictions_B, labels_B = _pair(predictions, labels)
-    # Rounding leaves a trace of spread in the mean of equal values: so constant is looked for, not a spread of 0.
+    predictions_B, labels_B = (series_B.astype(np.float64) for series_B in _pair(predictions, labels))
+    # The mean of equal values may be rounded and so leave a trace of spread: what is looked for is that all are equal.
     if np.ptp(predictions_B) == 0 or np.ptp(labels_B) == 0:
         return 0.0
-    deviations = [_unit(series_B.astype(np.float64)) for series_B in (predictions_B, labels_B)]
-    return float(np.clip(deviations[0] @ deviations[1], -1, 1))
+    return float(np.clip(_unit(predictions_B) @ _unit(labels_B), -1, 1))
 
 
 def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -59,8 +58,7 @@ def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 def _unit(series_B: np.ndarray) -> np.ndarray:
     """The series about its mean, at length 1. Scaled first, so that squares neither overflow nor vanish."""
-    deviation_B = series_B / np.abs(series_B).max()
-    deviation_B = deviation_B - deviation_B.mean()
+    deviation_B = series_B - series_B.mean()
     deviation_B /= np.abs(deviation_B).max()
     return deviation_B / np.sqrt(deviation_B @ deviation_B)
 

@@ -37,6 +37,7 @@ def test_one_answer():
     # Shared: big, cat (once); 2 of 3 predicted words, 2 of 4 gold ones.
     assert word_f1("big cat, dog", "a big, big cat sat") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert word_f1("x x y", "x y y") == pytest.approx(2 / 3)
+    assert word_f1("x x y", "x x z") == pytest.approx(2 / 3)
     assert word_f1("left", "right") == 0
     assert word_f1("the", "") == 0
 
@@ -85,13 +86,14 @@ def test_version_2_wants_nothing_where_there_is_no_answer():
 
 
 def questions(seed, num=60):
-    """Questions, predictions that always say something, and odds of no answer that know a little."""
+    """Questions, predictions, a few of them empty, and odds of no answer that know a little."""
     draw = random.Random(seed)
     words = ["river", "farmer", "teacher", "garden"]
     answers = {f"q{i}": [" ".join(draw.choices(words, k=2))] if draw.random() < 0.5 else [] for i in range(num)}
     predictions = {
         key: texts[0] if texts and draw.random() < 0.5 else draw.choice(words) for key, texts in answers.items()
     }
+    predictions |= {key: "" for key in predictions if draw.random() < 0.2}
     odds = {key: draw.gauss(-1.0 if texts else 0.5, 1) for key, texts in answers.items()}
     return answers, predictions, odds
 
@@ -111,6 +113,15 @@ def test_the_best_threshold_is_the_best_of_all(seed):
         again = evaluate_v2(answers, predictions, odds, threshold=found[f"best_{name}_thresh"])
         assert again[name] == pytest.approx(found[f"best_{name}"])
         assert again[f"best_{name}"] == found[f"best_{name}"]
+
+
+def test_of_equally_good_thresholds_the_lowest_is_taken():
+    """q2 is right with and without its empty prediction; q3 loses what q4 wins."""
+    answers = {"q1": ["x"], "q2": [], "q3": [], "q4": ["y"]}
+    predictions = {"q1": "x", "q2": "", "q3": "z", "q4": "y"}
+    scores = evaluate_v2(answers, predictions, {"q1": 0.1, "q2": 0.2, "q3": 0.3, "q4": 0.4})
+    assert (scores["best_exact"], scores["best_exact_thresh"]) == (75, 0.1)
+    assert (scores["best_f1"], scores["best_f1_thresh"]) == (75, 0.1)
 
 
 def test_the_threshold_where_no_answer_is_best():

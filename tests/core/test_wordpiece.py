@@ -243,6 +243,18 @@ def test_pieces_are_slices_of_the_text(text, lowercase, slices):
     assert found == (slices.split(" ") if slices else [])
 
 
+def test_a_mark_with_a_piece_of_its_own_belongs_to_that():
+    vocabulary = WordPiece([*PIECES, "##\u0301"], lowercase=False)
+    _, starts, ends = vocabulary.encode_with_offsets("e\u0301 fox")
+    assert (starts.tolist(), ends.tolist()) == ([0, 1, 3], [1, 2, 6])
+
+
+def test_special_pieces_are_text_to_offsets_also_after_others_asked_for_them(vocabulary):
+    vocabulary.encode(["[MASK]"], specials=True)
+    ids, _, _ = vocabulary.encode_with_offsets("[MASK]")
+    assert [vocabulary.pieces[number] for number in ids] == ["[", "mask", "]"]
+
+
 def test_a_character_that_becomes_several_pieces():
     """A Hangul syllable is three letters once accents are stripped; each piece stands for the whole syllable."""
     letters = ["\u1112", "##\u1161", "##\u11ab", "##x"]

@@ -295,6 +295,6 @@ def test_scores_in_memory():
         QuestionExample("a", "?", "One two.", (Answer("One", 0),), False),
         QuestionExample("b", "?", "One two.", (), True),
     ]
-    scores = score.answer_scores(TASKS["squad2"], questions, {"a": "two", "b": "two"}, {"a": 5, "b": 6}, threshold=5)
-    assert (scores["exact"], scores["best_exact"]) == (50, 50)
+    scores = score.answer_scores(TASKS["squad2"], questions, {"a": "one", "b": "two"}, {"a": 5, "b": 6}, threshold=5)
+    assert (scores["exact"], scores["best_exact"]) == (100, 100)
     assert score.answer_scores(TASKS["squad"], questions[:1], {"a": "one"})["exact"] == 100

@@ -56,7 +56,7 @@ def test_most_context_as_in_the_example_of_run_squad():
     assert owner_T.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("num_tokens", "room", "stride"), [(50, 20, 7), (23, 9, 9), (31, 8, 3), (5, 9, 3)])
+@pytest.mark.parametrize(("num_tokens", "room", "stride"), [(50, 20, 7), (23, 9, 9), (5, 9, 3), (500, 366, 128)])
 def test_most_context_is_that_of_the_definition(num_tokens, room, stride):
     parts = spans.windows(num_tokens, room, stride)
     for token, owner in enumerate(spans.window_of_most_context(parts)):
@@ -145,6 +145,14 @@ def test_what_is_not_valid_is_not_chosen():
     first = WindowLogits(Window(0, 4), np.array([0, 0, 0, 9.0]), np.zeros(4), 0.0)
     second = WindowLogits(Window(2, 6), np.array([0, 0, 2.0, 0]), np.array([0, 0, 2.0, 0]), 0.0)
     assert spans.best_answers(words(6), [first, second]).candidates[0][1:3] == (8, 9)
+
+
+def test_an_answer_has_at_most_30_tokens_and_20_rivals_are_kept():
+    start_M, end_M = np.zeros((2, 40))
+    start_M[0], end_M[29], end_M[30] = 9, 1, 2
+    found = spans.best_answers(words(40), [WindowLogits(Window(0, 40), start_M, end_M, 0.0)])
+    assert found.candidates[0][1:3] == (0, 2 * 30 - 1)
+    assert len(found.candidates) == 20
 
 
 def test_a_text_that_comes_twice_is_one_candidate():
