@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from core_flax import sharding
-from core_flax.attention import MultiHeadAttention, padding_mask
+from core_flax.attention import MultiHeadAttention, packing_mask, padding_mask
 from core_flax.config import check_range
-from core_flax.layers import Dropout, FeedForward, Linear, Norm, Remat, gelu, remat
+from core_flax.layers import Dropout, FeedForward, Linear, Norm, Remat, gelu, layers_per_turn, remat
 from core_flax.types import Array, UserError
 
 
@@ -44,13 +44,16 @@ class BertConfig:
     remat: Remat = "elementwise"
     """What the backward pass computes again rather than keep in memory: nothing, all but the matrix products, or each
     block from its input. Changes results by rounding at most."""
+    unroll: int | None = None
+    """Layers computed by one turn of the loop over them: more is faster on a CPU and compiles longer. None: all on a
+    CPU, one elsewhere. Changes results by rounding at most."""
 
-    FREE: ClassVar = frozenset({"remat"})
+    FREE: ClassVar = frozenset({"remat", "unroll"})
 
     def __post_init__(self) -> None:
         """Raises UserError on sizes that make no model."""
         sizes = ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_length", "num_segments")
-        check_range("model", self, *sizes, least=1)
+        check_range("model", self, *sizes, "unroll", least=1)
         check_range("model", self, "dropout", "attention_dropout", least=0, below=1)
         check_range("model", self, "init_stddev", "norm_epsilon", above=0)
         if self.width % self.num_heads:
@@ -104,12 +107,20 @@ class BertEmbeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def __call__(
-        self, tokens_BL: Array, segments_BL: Array, *, row_B: Array | None = None, deterministic: bool = True
+        self,
+        tokens_BL: Array,
+        segments_BL: Array,
+        *,
+        positions_BL: Array | None = None,
+        row_B: Array | None = None,
+        deterministic: bool = True,
     ) -> Array:
-        """Returns [B, L, D]."""
-        length = tokens_BL.shape[1]
-        assert length <= self.config.max_length, f"length {length} exceeds max_length {self.config.max_length}"
-        x_BLD = self.token(tokens_BL) + self.position(jnp.arange(length)) + self.segment(segments_BL)
+        """Returns [B, L, D]; without ``positions_BL`` tokens stand at 0, 1, 2 ..."""
+        if positions_BL is None:
+            length = tokens_BL.shape[1]
+            assert length <= self.config.max_length, f"length {length} exceeds max_length {self.config.max_length}"
+            positions_BL = jnp.arange(length)
+        x_BLD = self.token(tokens_BL) + self.position(positions_BL) + self.segment(segments_BL)
         x_BLD = self.dropout(self.norm(x_BLD), row_B=row_B, deterministic=deterministic)
         return sharding.constrain(x_BLD, "batch", "length", "width")
 
@@ -153,13 +164,15 @@ class BertEncoder(nn.Module):
         """Creates the submodules."""
         config = self.config
         self.embeddings = BertEmbeddings(config, self.dtype)
-        block = remat(BertBlock, config.remat)
+        unroll = layers_per_turn(config.unroll, config.num_layers)
+        block = remat(BertBlock, config.remat, unroll)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, nn.broadcast),  # Flax's annotation knows ints alone
             length=config.num_layers,
+            unroll=unroll,
         )(config, self.dtype)
         self.pooler = Linear((config.width,), kernel_init=config.kernel_init, dtype=self.dtype)
 
@@ -169,15 +182,20 @@ class BertEncoder(nn.Module):
         segments_BL: Array | None = None,
         valid_BL: Array | None = None,
         *,
+        positions_BL: Array | None = None,
+        sequences_BL: Array | None = None,
         row_B: Array | None = None,
         deterministic: bool = True,
     ) -> tuple[Array, Array]:
-        """Encodes sequences.
+        """Encodes sequences, one to a row or, with ``positions_BL`` and ``sequences_BL``, several.
 
         Args:
           tokens_BL: token ids.
           segments_BL: segment ids; None: all of segment 0.
           valid_BL: True at real tokens, which alone are attended to; None: all are real.
+          positions_BL: each token's place in its sequence, below max_length; None: its place in the row.
+          sequences_BL: equal where tokens are of one sequence, which alone see each other; then ``valid_BL`` is not
+            looked at. None: a row is a sequence.
           row_B: the example's number in the global batch, for dropout; None: 0, 1, 2 ...
           deterministic: False applies dropout and needs the rng "dropout".
 
@@ -186,9 +204,16 @@ class BertEncoder(nn.Module):
         """
         segments_BL = jnp.zeros_like(tokens_BL) if segments_BL is None else segments_BL
         mask = None if valid_BL is None else padding_mask(valid_BL)
-        x_BLD = self.embeddings(tokens_BL, segments_BL, row_B=row_B, deterministic=deterministic)
+        mask = mask if sequences_BL is None else packing_mask(sequences_BL)
+        x_BLD = self.embeddings(
+            tokens_BL, segments_BL, positions_BL=positions_BL, row_B=row_B, deterministic=deterministic
+        )
         x_BLD, _ = self.layers(x_BLD, mask, row_B, deterministic)
-        return x_BLD, jnp.tanh(self.pooler(x_BLD[:, 0]))
+        return x_BLD, self.pool(x_BLD[:, 0])
+
+    def pool(self, x_BD: Array) -> Array:
+        """Hidden states [..., D] of first positions, as classifiers want them: a linear map and tanh."""
+        return jnp.tanh(self.pooler(x_BD))
 
 
 class MaskedLanguageHead(nn.Module):

@@ -1,4 +1,4 @@
-"""The parameter table of BertForPreTraining: how each parameter is named, placed on the mesh and optimised.
+"""The parameter table of BERT, in pretraining and with a task's head: how each is named, placed and optimised.
 
 Kinds: the pooler and the masked-language transform map hidden states to hidden states, so they are matrices like those
 of the layers; the next-sentence kernel maps to two outputs, so it is a head. Biases and norms of the model's width are
@@ -26,6 +26,8 @@ PARAM_RULES = (
     Rule("masked_language/bias",                              "bias",      "vocab"),                           # V
     Rule("next_sentence/kernel",                              "head",      "embed | small"),                   # D2
     Rule("next_sentence/bias",                                "bias",      "small"),                           # 2
+    Rule("head/kernel",                                       "head",      "embed | small"),                   # DC
+    Rule("head/bias",                                         "bias",      "small"),                           # C
 )
 # fmt: on
 """Pattern of the path, kind, axes (core_flax.sharding.PLACEMENT says over what each is split), and the shape."""

@@ -16,6 +16,11 @@ def padding_mask(valid_BM: Array) -> Array:
     return valid_BM[:, None, None, :]
 
 
+def packing_mask(sequences_BL: Array) -> Array:
+    """[B, 1, L, L]: True where two tokens are of one sequence, in rows that hold several; padding sees padding."""
+    return sequences_BL[:, None, :, None] == sequences_BL[:, None, None, :]
+
+
 def dot_product_attention(
     q_BLHK: Array,
     k_BMHK: Array,

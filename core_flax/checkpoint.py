@@ -235,6 +235,11 @@ def list_steps(directory: str | os.PathLike[str]) -> list[int]:
     return sorted(int(folder.name) for folder in root.iterdir() if folder.name.isdigit() and _is_complete(folder))
 
 
+def best_step(directory: str | os.PathLike[str]) -> int | None:
+    """The checkpoint with the lowest held-out loss, the later of equals; None if none has one."""
+    return next(iter(_by_loss(_absolute(directory))), None)
+
+
 def load_params(
     directory: str | os.PathLike[str],
     step: int | None = None,

@@ -146,15 +146,26 @@ class FeedForward(nn.Module):
 Remat = Literal["none", "elementwise", "block"]
 
 
-def remat(block: type[nn.Module], policy: Remat) -> type[nn.Module]:
+def remat(block: type[nn.Module], policy: Remat, unroll: int = 1) -> type[nn.Module]:
     """A block class whose backward pass computes again what ``policy`` does not keep (Chen et al. 2016, 1604.06174).
 
     Args:
       block: module class with ``__call__(x, mask, row_B, deterministic)``, to be scanned.
+      unroll: blocks to a turn of the scan. Between turns XLA cannot see that it computes something twice; within one it
+        would keep the first result after all, unless barriers forbid it.
       policy: "none" keeps every intermediate value; "elementwise" keeps the matrix products and computes norms,
         activations, softmax and dropout again, which is little work and much memory; "block" keeps each block's input.
     """
     if policy == "none":
         return block
     keep = jax.checkpoint_policies.dots_saveable if policy == "elementwise" else None
-    return nn.remat(block, policy=keep, prevent_cse=False, static_argnums=(4,))
+    return nn.remat(block, policy=keep, prevent_cse=unroll > 1, static_argnums=(4,))
+
+
+def layers_per_turn(unroll: int | None, num_layers: int) -> int:
+    """How many layers one turn of a scan over them computes; None: all of them on a CPU, one on an accelerator.
+
+    A turn slices its layers' parameters out of the stacked arrays and writes their gradients into others: copies, which
+    a CPU feels, while one turn for all compiles for as long as it has layers.
+    """
+    return unroll or (num_layers if jax.default_backend() == "cpu" else 1)

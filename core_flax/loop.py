@@ -19,8 +19,8 @@ from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, RunConfig
 from core_flax.evaluate import make_evaluate
 from core_flax.logs import Interval, MetricsFile, Progress, open_tensorboard
-from core_flax.optim import make_optimizer
-from core_flax.params import ParamRule, count
+from core_flax.optim import make_optimizer, sums_of_squares
+from core_flax.params import ParamRule, count, leaves, path_of
 from core_flax.schedule import make_schedule
 from core_flax.signals import EXIT_NOT_FINITE, Interrupted, StopFlag, Stopped, stop_on_signal
 from core_flax.state import TrainState
@@ -28,7 +28,7 @@ from core_flax.step import Metrics, first_bad_parameter, make_train_step
 from core_flax.task import Evaluator, Task
 from core_flax.types import Batch
 
-HIDDEN = ("gradient_norm", "update_norm", "learning_rate")
+HIDDEN = ("gradient_norm", "learning_rate")
 """Figures that are written to metrics.jsonl and TensorBoard but not shown in the progress line."""
 
 
@@ -113,7 +113,7 @@ def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dic
         saver = Saver(Checkpoints(workdir / "checkpoints", config.checkpoint), config.checkpoint)
         stack.enter_context(contextlib.closing(saver.checkpoints))
         restored = saver.restore(program.abstract_state)
-        state, start = restored or (program.init(jax.random.key(config.seed)), 0)
+        state, start = restored or (_first_state(task, program, config.seed), 0)
         recorder = Recorder(task, config, program, workdir, start, stop)
         stack.enter_context(contextlib.closing(recorder))
         recorder.announce(state)
@@ -125,6 +125,22 @@ def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dic
         saver.checkpoints.wait()
         recorder.summarize()
         return dict(held_out)
+
+
+def _first_state(task: Task, program: Program, seed: int) -> TrainState:
+    """What ``program.init`` draws, and the task's own parameters where it has some."""
+    state = program.init(jax.random.key(seed))
+
+    def place(keys: tuple[Any, ...], drawn: Any) -> Any:
+        given = task.initial.get(path_of(keys))
+        if given is None:
+            return drawn
+        assert given.shape == drawn.shape, f"{path_of(keys)}: {given.shape} is given, {drawn.shape} is wanted"
+        return jax.make_array_from_callback(drawn.shape, drawn.sharding, lambda index: given[index].astype(drawn.dtype))
+
+    unknown = set(task.initial) - {path for path, _ in leaves(state.params)}
+    assert not unknown, f"no such parameters: {sorted(unknown)}"
+    return state.replace(params=jax.tree_util.tree_map_with_path(place, state.params))
 
 
 def _steps(
@@ -143,7 +159,9 @@ def _steps(
     with contextlib.closing(task.batches(start, rows)) as batches:
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
-            batch = sharding.place_batch(next(batches), batch_size, program.mesh)
+            local = next(batches)
+            num_rows = len(next(iter(local.values()))) * batch_size // len(rows)  # packed: not one for each example
+            batch = sharding.place_batch(local, num_rows, program.mesh)
             wait = time.perf_counter() - began
             state, metrics = program.step(state, batch)
             recorder.record(step, metrics, wait)
@@ -170,7 +188,7 @@ def _after(
             complete = False
     told = stop.signal  # read once: it may come at any moment, and what is said must be what was done
     if told or is_last or saver.is_due(step, held_out):
-        recorder.flush()  # a state is saved only when its step is known to be finite
+        recorder.confirm(step, state.params)
         with recorder.pause("saving"):
             saver.save(state, held_out, recorder.interval)
     if told and not (is_last and complete):
@@ -260,8 +278,9 @@ class Recorder:
         self._evaluators = {
             name: make_evaluate(_until_told(each, stop), program.mesh) for name, each in task.evaluators.items()
         }
-        self._objectives = {name: each.objective for name, each in task.evaluators.items()}
+        self._ranks = {name: (-1 if each.maximize else 1, each.objective) for name, each in task.evaluators.items()}
         self._abstract_params = program.abstract_state.params
+        self._squares = jax.jit(sums_of_squares)
         self._leads = jax.process_index() == 0  # the others compute the same figures and keep them to themselves
         self._file = MetricsFile(workdir / "metrics.jsonl")
         self._board = None
@@ -309,7 +328,7 @@ class Recorder:
         """Waits for the step whose metrics are pending.
 
         Raises:
-          NotFiniteError: its loss, gradient or update is not finite.
+          NotFiniteError: its loss or gradient is not finite.
         """
         if self._pending is None:
             return
@@ -317,8 +336,10 @@ class Recorder:
         values = dict(jax.device_get(metrics))
         squares = values.pop("gradient_squares")
         scalars = {name: float(value) for name, value in values.items()}
-        if not all(math.isfinite(scalars[name]) for name in ("loss", "gradient_norm", "update_norm")):
-            self._fail(step, scalars, squares)
+        if not all(math.isfinite(scalars[name]) for name in ("loss", "gradient_norm")):
+            bad = first_bad_parameter(self._abstract_params, squares)
+            where = f"the gradient of {bad} is" if bad else "no gradient is, but the loss is"
+            self._fail(f"step {step}: loss {scalars['loss']}; {where}")
         if not self._started:
             # What came before, compilation and the first batch, is no sign of what is to come.
             self._progress.start_clock(step)
@@ -334,16 +355,24 @@ class Recorder:
                 self._cost = self._task.cost(step)
                 self._progress.change_cost(self._cost.tokens, self._cost.flops)
 
-    def _fail(self, step: int, scalars: Mapping[str, float], squares: Any) -> None:
-        bad = first_bad_parameter(self._abstract_params, squares)
-        where = f"the gradient of {bad} is" if bad else "no gradient is, but the loss or the update is"
+    def confirm(self, step: int, params: Any) -> None:
+        """Waits for the step. Raises NotFiniteError if anything of it is not finite; only then may it be saved.
+
+        Parameters are looked at here and not at every step: one that is not finite shows in the next step's loss.
+        """
+        self.flush()
+        bad = first_bad_parameter(self._abstract_params, self._squares(params))
+        if bad:
+            self._fail(f"step {step}: {bad} itself is")
+
+    def _fail(self, what: str) -> None:
         raise NotFiniteError(
-            f"step {step}: loss {scalars['loss']}; {where} not finite. Nothing of it was saved; checkpoints in "
-            f"{self._workdir / 'checkpoints'} are from before. Lower optimizer.learning-rate or optimizer.clip-norm"
+            f"{what} not finite. Nothing of it was saved; checkpoints in {self._workdir / 'checkpoints'} are from "
+            "before. Lower optimizer.learning-rate or optimizer.clip-norm"
         )
 
     def evaluate(self, step: int, params: Any) -> dict[str, float]:
-        """Held-out metrics of all evaluators, written down; "loss" is the first one's objective.
+        """The first evaluator's metrics, those of all written down; "loss" is its objective, negated if to maximize.
 
         Raises:
           _GivenUp: a signal came.
@@ -353,7 +382,8 @@ class Recorder:
         with self.pause("evaluating"):
             for name, evaluate in self._evaluators.items():
                 metrics = evaluate(params)
-                held_out = held_out or {"loss": metrics[self._objectives[name]], **metrics}
+                sign, objective = self._ranks[name]
+                held_out = held_out or {**metrics, "loss": sign * metrics[objective]}
                 named = {f"{name}/{key}": value for key, value in metrics.items()}
                 if not any(self._file.has(step, key) for key in named):  # as a run that was complete has
                     self._write(step, named)

@@ -74,7 +74,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, rules: Rul
         UserError: On a value out of range or a setting that the update rule does not use.
     """
     settings = _settings(config)
-    clip = [] if config.clip_norm is None else [("clip", optax.clip_by_global_norm(config.clip_norm))]
+    clip = [] if config.clip_norm is None else [("clip", _clip(config.clip_norm))]
     decay = [("decay", _decay(config.weight_decay, rules))] if config.weight_decay else []
     stages = _UPDATE_RULES[config.name](settings, rules, decay)
     return _chain([*clip, *stages, ("schedule", optax.scale_by_learning_rate(schedule))])
@@ -199,6 +199,26 @@ def _chain(stages: Sequence[Stage]) -> optax.GradientTransformation:
         return updates, {name: new[name] for name in state}  # pyright: ignore[reportIndexIssue]
 
     return optax.GradientTransformation(init, update)
+
+
+def sums_of_squares(tree: Tree) -> Array:
+    """The sum of squares of each array, float32, in the order of jax.tree.leaves: the squares of their L2 norms."""
+    return jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)])
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Clipping by the L2 norm of all gradients together (Pascanu et al. 2013, section 3.2).
+
+    One factor for all, 1 if nothing is to be clipped, so that it is applied in passing; optax's own selects and divides
+    each element, for which XLA writes the clipped gradients out.
+    """
+
+    def update(updates: Tree, params: Tree = None) -> Tree:
+        del params
+        factor = jnp.minimum(1.0, max_norm / jnp.sqrt(jnp.sum(sums_of_squares(updates))))
+        return jax.tree.map(lambda update: factor * update, updates)
+
+    return optax.stateless(update)
 
 
 def _stateless(function: Callable[[ParamRule, Array, Array], Array], rules: Rules) -> optax.GradientTransformation:

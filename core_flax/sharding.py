@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from core_flax.config import MeshConfig
@@ -145,9 +146,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def ways_of_batch(mesh: Mesh) -> int:
+    """Among how many devices the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in PLACEMENT["batch"])
+
+
 def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
     """Raises UserError unless every microbatch divides over the devices that share it."""
-    ways = math.prod(mesh.shape[axis] for axis in PLACEMENT["batch"])
+    ways = ways_of_batch(mesh)
     if num_microbatches < 1 or batch_size % num_microbatches or (batch_size // num_microbatches) % ways:
         step = ways * max(1, num_microbatches)
         raise UserError(
@@ -171,6 +177,11 @@ def place_batch(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) ->
         name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
         for name, array in batch.items()
     }
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array on every host, wherever its parts lie."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True) if jax.process_count() > 1 else array)
 
 
 def table(params: Params, rules: tuple[ParamRule, ...]) -> list[tuple[str, tuple[int, ...], str]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from core_flax.optim import sums_of_squares
 from core_flax.params import leaves
 from core_flax.state import TrainState
 from core_flax.task import MetricSums, Task
@@ -81,15 +82,14 @@ def make_train_step(
         grads, terms, metric_sums = gradients(task, state.params, batch, key, num_microbatches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        # One number per array: what is not finite shows in its sum of squares, and its square root is the norm.
-        squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)])
+        # What is not finite shows in an array's sum of squares. Clipping has taken the same sums: XLA takes them once.
+        squares = sums_of_squares(grads)
         metrics = {
             "loss": sum(terms.values(), start=jnp.zeros(())),
             **{f"{name}_loss": term for name, term in terms.items() if len(terms) > 1},
             **divide(metric_sums),
             "gradient_norm": jnp.sqrt(jnp.sum(squares)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "update_norm": optax.tree.norm(updates),
             "gradient_squares": squares,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -98,7 +98,7 @@ def make_train_step(
 
 
 def first_bad_parameter(params: Params, squares: Any) -> str | None:
-    """Path of the first parameter whose gradient is not finite, given metrics["gradient_squares"]."""
+    """Path of the first parameter whose sum of squares is not finite, given ``sums_of_squares`` of all of them."""
     for (path, _), square in zip(leaves(params), squares, strict=True):
         if not jnp.isfinite(square):
             return path

@@ -1,6 +1,6 @@
 """What the training loop needs to know about one workload: a frozen dataclass of pure functions."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core_flax.params import ParamRule
@@ -8,6 +8,10 @@ from core_flax.types import Array, Batch, Params, Sums
 
 MetricSums = Mapping[str, tuple[Array, Array]]
 """Metric name -> (sum, sum of its weights): add over batches, then divide."""
+
+
+Outputs = Mapping[str, Array]
+"""What a model says of a batch: arrays whose first dim is the batch's."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,18 @@ class Evaluator:
       batches: () -> finite iterator over batches of one shape, in which every example has weight exactly once (a last,
         ragged batch is filled up with rows of weight zero).
       metric_sums: (params, batch) -> sums; jitted by the caller.
-      objective: the metric that is to become small; checkpoints are ranked by it.
+      objective: the metric that checkpoints are ranked by.
+      maximize: whether it is to become large, not small.
+      outputs: (params, batch) -> arrays that are fetched, for metrics that are no sums; jitted together with the sums.
+      score: every batch with its outputs, as numpy arrays -> metrics.
     """
 
     batches: Callable[[], Iterator[Batch]]
     metric_sums: Callable[[Params, Batch], MetricSums]
     objective: str
+    maximize: bool = False
+    outputs: Callable[[Params, Batch], Outputs] = lambda params, batch: {}
+    score: Callable[[Sequence[tuple[Batch, Outputs]]], Mapping[str, float]] = lambda outputs: {}
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,13 @@ class Task:
 
     Attributes:
       init: key -> params.
+      initial: parameters to begin with instead of those that ``init`` draws, by path; numpy arrays.
       loss_weights: batch -> the denominator of each loss term, from the data alone.
       loss_sums: (params, batch, key or None) -> (sum of each loss term, metric sums); the key is for dropout, None for
         none. The batch has the field "row", each example's number in the global batch, for ``layers.Dropout``.
-      batches: (start_step, rows) -> generator of the batches from that step on, of which only the given rows of the
-        global batch are wanted on this host; closing it ends its threads. A pure function of the step.
+      batches: (start_step, rows) -> generator of the batches from that step on, of which only the given rows of
+        train.batch_size are wanted on this host; closing it ends its threads. A pure function of the step. A batch may
+        have another number of rows (packed examples), of which each host then gives the same share.
       param_rules: how each parameter is named, sharded and optimised.
       axis_fields: logical axis -> the config field that sets its size, for messages.
       evaluators: by name; the first one's objective ranks checkpoints.
@@ -62,6 +74,7 @@ class Task:
     loss_sums: Callable[[Params, Batch, Array | None], tuple[Sums, MetricSums]]
     batches: Callable[[int, range], Generator[Batch, None, None]]
     param_rules: tuple[ParamRule, ...]
+    initial: Mapping[str, Array] = field(default_factory=dict)
     axis_fields: Mapping[str, str] = field(default_factory=dict)
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
     cost: Callable[[int], Cost] = lambda step: Cost()

@@ -49,6 +49,7 @@ BOUNDS = [
         (BertConfig, name, [1], [0, -1], "1 or more")
         for name in ("vocab_size", "num_layers", "mlp_width", "max_length", "num_segments")
     ],
+    (BertConfig, "unroll", [1, None], [0], "1 or more, or None"),
     (BertConfig, "width", [12], [0], "1 or more"),
     (BertConfig, "num_heads", [1], [0], "1 or more"),
     (BertConfig, "dropout", [0.0, 0.9], [-0.1, 1.0], "0 or more and less than 1"),

@@ -62,6 +62,7 @@ TURNS = {
     "model.init_stddev": 0.03,
     "model.norm_epsilon": 1e-6,
     "model.remat": "block",
+    "model.unroll": 1,
     "inputs.length": 32,
     "inputs.max_predictions": 5,
     "inputs.mask_rate": 0.05,
