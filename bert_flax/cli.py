@@ -1,10 +1,11 @@
-"""``bert-flax``: prepare text, pretrain, evaluate, fill masks."""
+"""``bert-flax``: prepare text, pretrain, evaluate, fill masks, fine-tune, predict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
 
+from bert_flax.finetune import cli as tasks
 from core_flax import cli
 from core_flax.types import UserError
 
@@ -23,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "pretrain": ("pretrain, or resume, a model", _pretrain),
             "evaluate": ("held-out losses and accuracies of a run", _evaluate),
             "fill-mask": ("what the model would put in place of [MASK]", _fill_mask),
+            "finetune": ("train on a task: GLUE, SQuAD, SWAG, CoNLL, or a table of your own", tasks.finetune),
+            "predict": ("what a fine-tuned model says of a file or a text", tasks.predict),
+            "score": ("official metric of any file of predictions", tasks.score),
+            "import-hf": ("take in a model of Hugging Face's", tasks.import_hf),
+            "export-hf": ("write a model for Hugging Face's transformers", tasks.export_hf),
             "presets": ("list the presets and their sizes", _presets),
         },
         argv,

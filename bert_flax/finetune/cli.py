@@ -1,0 +1,139 @@
+"""The commands about fine-tuning: ``finetune``, ``predict``, ``score``, and weights from and to Hugging Face."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from core_flax import cli
+from core_flax.types import UserError
+
+PROG = "bert-flax"
+
+
+def finetune(argv: Sequence[str]) -> None:
+    """``bert-flax finetune TASK``."""
+    from bert_flax.finetune.command import FinetuneCommand
+    from bert_flax.finetune.command import finetune as start
+    from bert_flax.finetune.config import FinetuneSettings, settings_of
+    from bert_flax.finetune.tasks import TASKS, TaskSpec, custom_task
+    from core_flax.hardware import keep_freed_memory
+
+    names = (*TASKS, "glue", "custom")
+    words, rest = cli.take_words(FinetuneCommand, argv)
+    if not words and not {"-h", "--help"} & set(rest):
+        raise UserError(f"name the task: {PROG} finetune TASK ..., one of {', '.join(names)}")
+    if len(words) > 1:
+        raise UserError(f"{' '.join(words)}: one task at a time; settings are options (--name value)")
+    name = words[0] if words else "glue"
+    if name not in names:
+        raise UserError(f"unknown task {name!r}{cli.suggest(name, names)}; there are {', '.join(names)}")
+
+    def parse(spec: TaskSpec) -> FinetuneCommand:
+        given = settings_of(spec)
+        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(FinetuneSettings)}
+        default = FinetuneCommand(**fields, workdir=tyro.MISSING, data=tyro.MISSING)
+        doc = (
+            f"{PROG} finetune TASK --data DIR --init MODEL --workdir DIR [options] trains on a task, or resumes.\n\n"
+            f"Tasks: {', '.join(names)}; glue is all tasks of GLUE that --data holds, custom a table of your own.\n\n"
+            f"Defaults below are those of {spec.name}."
+        )
+        return cli.parse(FinetuneCommand, rest, f"{PROG} finetune {name}", default, doc)
+
+    keep_freed_memory()
+    if name == "glue":
+        _finetune_glue(parse)
+    else:
+        start(name, parse(TASKS[name] if name in TASKS else custom_task("text=text,label=label")))
+
+
+def _finetune_glue(parse) -> None:  # noqa: ANN001
+    """Every task of GLUE whose training and dev files are there, one after another, and one table of all."""
+    from bert_flax.finetune.command import RESULTS, finetune, table_of_all
+    from bert_flax.finetune.files import glue_tasks
+    from bert_flax.finetune.tasks import GLUE, TASKS
+
+    command = parse(TASKS["mrpc"])
+    there = glue_tasks(Path(command.data))
+    complete = [name for name in GLUE if {"train", "dev"} <= set(there.get(name, ()))]
+    for name in GLUE:
+        if name not in complete:
+            missing = sorted({"train", "dev"} - set(there.get(name, ())))
+            print(f"{name}: left out, {command.data} lacks its {' and '.join(missing)} split")
+    if not complete:
+        raise UserError(f"--data {command.data} holds no task of GLUE with its train and dev files")
+    for name in complete:
+        one = parse(TASKS[name])
+        finetune(name, dataclasses.replace(one, workdir=str(Path(one.workdir) / name)))
+    print(table_of_all([Path(command.workdir) / name / RESULTS for name in complete]))
+
+
+def predict(argv: Sequence[str]) -> None:
+    """``bert-flax predict``."""
+    from bert_flax.finetune.predict import PredictCommand, run
+
+    run(cli.parse(PredictCommand, argv, f"{PROG} predict", description=PredictCommand.__doc__ or ""))
+
+
+@dataclass(frozen=True)
+class ScoreCommand:
+    """Scores a file of predictions with the task's official metric, whoever made it."""
+
+    task: tyro.conf.Positional[str]
+    """cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, squad2, swag or ner."""
+    predictions: str
+    """File of predictions: index and prediction (GLUE, SWAG), JSON (SQuAD), or CoNLL columns."""
+    data: str
+    """The task's file with the labels."""
+    null_odds: str | None = None
+    """SQuAD 2.0: JSON file with null odds by question, to find the best threshold."""
+
+
+def score(argv: Sequence[str]) -> None:
+    """``bert-flax score TASK``."""
+    from bert_flax.finetune.score import print_scores
+
+    command = cli.parse(ScoreCommand, argv, f"{PROG} score", description=ScoreCommand.__doc__ or "")
+    odds = None if command.null_odds is None else Path(command.null_odds)
+    print_scores(command.task, Path(command.predictions), Path(command.data), odds)
+
+
+@dataclass(frozen=True)
+class ImportCommand:
+    """Turns a model of Hugging Face's, of BERT's architecture, into one of ours."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder with config.json, vocab.txt or tokenizer.json, and model.safetensors (whole or in parts) or
+    pytorch_model.bin."""
+    output: str
+    """New folder to write."""
+
+
+def import_hf(argv: Sequence[str]) -> None:
+    """``bert-flax import-hf FOLDER``."""
+    from bert_flax.pretrained import import_hf as start
+
+    command = cli.parse(ImportCommand, argv, f"{PROG} import-hf", description=ImportCommand.__doc__ or "")
+    start(command.folder, command.output)
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Writes a model as a folder that transformers loads."""
+
+    workdir: str
+    """Folder of a pretraining run, of fine-tuning runs, or an imported model."""
+    output: str
+    """New folder to write."""
+    step: int | None = None
+    """Step of the checkpoint; None: the newest, or of a fine-tuned model the best."""
+
+
+def export_hf(argv: Sequence[str]) -> None:
+    """``bert-flax export-hf``."""
+    from bert_flax.pretrained import export_hf as start
+
+    command = cli.parse(ExportCommand, argv, f"{PROG} export-hf", description=ExportCommand.__doc__ or "")
+    start(command.workdir, command.output, command.step)

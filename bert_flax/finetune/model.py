@@ -1,0 +1,74 @@
+"""The two shapes of a fine-tuned BERT (arXiv 1810.04805, section 4, figure 4): scores of sequences or of tokens.
+
+Sequences lie several to a row; see ``batches.PackedUnits`` for the arrays.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from bert_flax.model import BertConfig, BertEncoder
+from core_flax.layers import Dropout, Linear
+from core_flax.types import Array, Batch
+
+
+class BertForSequences(nn.Module):
+    """Scores each sequence from its pooled [CLS]: classes, one number, or one score per choice.
+
+    Attributes:
+      config: the encoder.
+      num_outputs: scores per sequence.
+      dtype: type of the computation; parameters are float32.
+    """
+
+    config: BertConfig
+    num_outputs: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        self.encoder = BertEncoder(self.config, self.dtype)
+        self.dropout = Dropout(self.config.dropout)
+        self.head = Linear((self.num_outputs,), kernel_init=self.config.kernel_init, dtype=self.dtype)
+
+    def __call__(self, batch: Batch, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
+        """Returns float32 [R, S, C, num_outputs]; what stands where there is no unit means nothing."""
+        x_RLD = _encode(self.encoder, batch, row_B, deterministic)
+        first_RSC = batch["first_tokens"]
+        first_RT = first_RSC.reshape(len(first_RSC), -1)
+        pooled_RTD = self.encoder.pool(jnp.take_along_axis(x_RLD, first_RT[..., None], axis=1))
+        scores_RTO = self.head(self.dropout(pooled_RTD, row_B=row_B, deterministic=deterministic))
+        return scores_RTO.astype(jnp.float32).reshape(*first_RSC.shape, self.num_outputs)
+
+
+class BertForTokens(nn.Module):
+    """Scores each token: the start and the end of an answer, or tags. Attributes as in BertForSequences.
+
+    The pooler is part of the parameters, as it is of the encoder's, and gets no gradient.
+    """
+
+    config: BertConfig
+    num_outputs: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the submodules."""
+        self.encoder = BertEncoder(self.config, self.dtype)
+        self.dropout = Dropout(self.config.dropout)
+        self.head = Linear((self.num_outputs,), kernel_init=self.config.kernel_init, dtype=self.dtype)
+
+    def __call__(self, batch: Batch, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
+        """Returns float32 [R, L, num_outputs]."""
+        x_RLD = _encode(self.encoder, batch, row_B, deterministic)
+        return self.head(self.dropout(x_RLD, row_B=row_B, deterministic=deterministic)).astype(jnp.float32)
+
+
+def _encode(encoder: BertEncoder, batch: Batch, row_B: Array | None, deterministic: bool) -> Array:
+    x_RLD, _ = encoder(
+        batch["tokens"],
+        batch["segments"],
+        positions_BL=batch["positions"],
+        sequences_BL=batch["sequences"],
+        row_B=row_B,
+        deterministic=deterministic,
+    )
+    return x_RLD

@@ -1,0 +1,170 @@
+"""``bert-flax predict``: what a fine-tuned model says of a file, or of one text at the terminal."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bert_flax.finetune import spans
+from bert_flax.finetune.command import best_run
+from bert_flax.finetune.conll import DOCUMENT_START
+from bert_flax.finetune.data import encode, remarks_on
+from bert_flax.finetune.examples import Dataset, QuestionExample, TaggedExample, TextExample
+from bert_flax.finetune.predictions import Predictions, Told, predict
+from bert_flax.finetune.readers import read_file
+from bert_flax.finetune.runs import FinetuneRun, Result
+from bert_flax.finetune.task import Labelled, make_evaluator, make_model
+from bert_flax.finetune.tasks import SUBMISSION_HEADER, TaskSpec
+from core_flax.config import MeshConfig
+from core_flax.evaluate import make_collect
+from core_flax.hardware import compute_dtype
+from core_flax.sharding import make_mesh, replicated, ways_of_batch
+from core_flax.types import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictCommand:
+    """Predictions of a fine-tuned model, for a file or for one text."""
+
+    workdir: str
+    """Folder of bert-flax finetune; of several seeds the one that is best on the dev set is taken."""
+    data: str | None = None
+    """File in the task's layout, with or without labels."""
+    output: str | None = None
+    """File to write: GLUE's submission TSV (also for SWAG), SQuAD's JSON, or CoNLL columns."""
+    null_odds: str | None = None
+    """SQuAD 2.0: file to write with the null odds of each question."""
+    n_best: str | None = None
+    """SQuAD: file to write with the candidates of each question."""
+    text: str | None = None
+    """One text (for answers: the question) instead of a file; the prediction is printed."""
+    text_pair: str | None = None
+    """Its second text (for answers: the context)."""
+    step: int | None = None
+    """Step of the checkpoint; None: the best on the dev set."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError on what does not go together."""
+        if (self.data is None) == (self.text is None):
+            raise UserError("give either --data FILE with --output FILE, or --text TEXT")
+        if (self.data is None) != (self.output is None):
+            raise UserError("--data FILE and --output FILE go together")
+        if self.text is None and self.text_pair is not None:
+            raise UserError("--text-pair goes with --text")
+        if self.data is None and (self.null_odds or self.n_best):
+            raise UserError("--null-odds and --n-best go with --data FILE")
+
+
+def run(command: PredictCommand) -> None:
+    """Writes or prints predictions.
+
+    Raises:
+      UserError: the file, the text or the folder does not fit.
+    """
+    found = best_run(command.workdir)
+    spec = found.task.spec
+    if (command.null_odds and not spec.unanswerable) or (command.n_best and spec.kind != "span"):
+        raise UserError(f"--null-odds is for squad2, --n-best for squad and squad2; this run is of task {spec.name}")
+    if command.text is not None:
+        example = _example(spec, command.text, command.text_pair)
+        _show(spec, example, predict_examples(found, Dataset((example,)), command.step))
+        return
+    assert command.data is not None and command.output is not None
+    dataset = read_file(spec, command.data, labelled=False)
+    predictions = predict_examples(found, dataset, command.step, command.data)
+    write(spec, dataset.examples, predictions, Path(command.output))
+    if command.null_odds:
+        spans.write_json(Path(command.null_odds), spans.null_odds(predictions.answers))
+    if command.n_best:
+        spans.write_json(Path(command.n_best), spans.n_best_lists(predictions.answers, spec.unanswerable))
+    print(f"{command.output}: {len(dataset.examples):,} predictions of {found.workdir}")
+
+
+def predict_examples(
+    found: FinetuneRun, dataset: Dataset[Any], step: int | None = None, where: str | None = None
+) -> Predictions:
+    """Predictions of a run's model for examples, on all devices.
+
+    Args:
+      found: the run.
+      dataset: the examples, with labels or without.
+      step: of the checkpoint; None: the best one.
+      where: a name for the examples: what is to be said of them is then printed.
+    """
+    spec, config = found.task.spec, found.config
+    units = encode(spec, dataset.examples, found.vocabulary, config.inputs, labelled=False)
+    units.labels = []
+    if where:
+        for line in remarks_on(where, dataset, units, config.inputs):
+            print(line)
+    mesh = make_mesh(MeshConfig())
+    model = make_model(spec, config.model, compute_dtype(config.train.compute_dtype))
+    evaluator = make_evaluator(config, spec, model, Labelled(dataset.examples, units), ways_of_batch(mesh))
+    params, _ = found.params(step, replicated(mesh))
+    told: Told = make_collect(evaluator, mesh)(params)
+    result = Result.load(found.workdir)
+    threshold = result.best.get("dev/null_threshold") if result else None
+    if spec.unanswerable and threshold is None:
+        raise UserError(f"{found.workdir} is not complete: without figures on the dev set there is no threshold")
+    return predict(spec, dataset.examples, units, told, config.inputs, threshold)
+
+
+def _example(spec: TaskSpec, text: str, pair: str | None) -> TextExample | QuestionExample | TaggedExample:
+    if spec.kind == "choice":
+        raise UserError(f"--text does not go with {spec.name}, which chooses among endings; give --data FILE")
+    if spec.kind == "tagging":
+        if pair is not None:
+            raise UserError(f"--text-pair does not go with {spec.name}")
+        return TaggedExample("0", tuple(text.split()), None, 0)
+    wants_pair = spec.kind == "span" or (spec.columns is not None and spec.columns.text_pair is not None)
+    if wants_pair != (pair is not None):
+        raise UserError(f"task {spec.name} takes {'a' if wants_pair else 'no'} --text-pair")
+    if spec.kind == "span":
+        return QuestionExample("0", text, pair or "", (), False)
+    return TextExample("0", text, pair, None)
+
+
+def _show(spec: TaskSpec, example: Any, found: Predictions) -> None:
+    (value,) = found.values
+    match spec.kind:
+        case "span":
+            (rows,) = spans.n_best_lists(found.answers, spec.unanswerable).values()
+            for row in rows[:5]:
+                print(f"{row['probability']:7.1%}  {row['text'] or '(no answer)'}")
+        case "tagging":
+            for word, tag in zip(example.words, value, strict=True):
+                print(f"{word}\t{tag}")
+        case "regression":
+            print(f"{value:.3f}")
+        case _:
+            for place in found.probabilities[0].argsort()[::-1]:
+                print(f"{found.probabilities[0][place]:7.1%}  {spec.labels[place]}")
+
+
+def write(spec: TaskSpec, examples: Sequence[Any], found: Predictions, path: Path) -> None:
+    """Writes predictions as the task's scorer reads them."""
+    match spec.kind:
+        case "span":
+            text = json.dumps(
+                {example.id: value for example, value in zip(examples, found.values, strict=True)}, ensure_ascii=False
+            )
+        case "tagging":
+            text = _columns(examples, found.values)
+        case _:
+            shown = found.values if spec.kind == "regression" else [spec.labels[value] for value in found.values]
+            rows = [SUBMISSION_HEADER, *((example.id, shown[place]) for place, example in enumerate(examples))]
+            text = "\n".join("\t".join(map(str, row)) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _columns(examples: Sequence[TaggedExample], tags: Sequence[Sequence[str]]) -> str:
+    lines, document = [], None
+    for example, tagged in zip(examples, tags, strict=True):
+        if example.document != document:
+            lines += [f"{DOCUMENT_START} O", ""]
+            document = example.document
+        lines += [f"{word} {tag}" for word, tag in zip(example.words, tagged, strict=True)]
+        lines.append("")
+    return "\n".join(lines)

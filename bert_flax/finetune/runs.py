@@ -1,0 +1,195 @@
+"""One fine-tuning run and its folder: what it was started with, its checkpoints, what came of it."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from bert_flax.finetune.config import FinetuneConfig, FinetuneSettings, resolve
+from bert_flax.finetune.data import TaskData
+from bert_flax.finetune.task import make_task
+from bert_flax.finetune.tasks import TASKS, TaskSpec, custom_task
+from bert_flax.huggingface import Pretrained
+from core_flax import config as configs
+from core_flax.checkpoint import best_step, load_params
+from core_flax.lock import only_writer
+from core_flax.loop import make_program, train
+from core_flax.sharding import make_mesh, ways_of_batch
+from core_flax.text.wordpiece import WordPiece
+from core_flax.types import Params, UserError
+
+KIND = "bert_flax.finetune"
+CONFIG, VOCAB, RESULT = "config.json", "vocab.txt", "result.json"
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which task: one of the known ones, or columns of the user's own tables."""
+
+    name: str
+    columns: str = ""
+    labels: tuple[str, ...] = ()
+    regression: bool = False
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task itself."""
+        return TASKS[self.name] if self.name in TASKS else custom_task(self.columns, self.labels, self.regression)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+      last: figures on the dev set after the last step.
+      best: those of the evaluation with the best primary figure, whose checkpoint was kept.
+      best_step, last_step: when.
+      seconds: wall-clock time of training and evaluation in the process that ended the run.
+      resumed: whether an earlier process did some of it.
+    """
+
+    task: str
+    seed: int
+    last: Mapping[str, float]
+    best: Mapping[str, float]
+    best_step: int
+    last_step: int
+    seconds: float
+    resumed: bool
+
+    @classmethod
+    def load(cls, folder: Path) -> "Result | None":
+        """The result in a run's folder; None if it has none yet."""
+        path = folder / RESULT
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def save(self, folder: Path) -> None:
+        """Writes it, complete or not at all."""
+        partial = folder / f"{RESULT}.tmp"
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / RESULT)
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """What the folder of a run says of it.
+
+    Attributes:
+      data: where its data came from, as the user wrote it.
+      init: the model that it began with, likewise.
+    """
+
+    workdir: Path
+    config: FinetuneConfig
+    task: TaskChoice
+    vocabulary: WordPiece
+    data: str
+    init: str
+
+    @classmethod
+    def load(cls, folder: Path) -> "FinetuneRun":
+        """Raises UserError if the folder holds no fine-tuning run."""
+        path = folder / CONFIG
+        stored = configs.load(path, KIND, task=dict, tokenizer=str, lowercase=bool, data=str, init=str)
+        vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
+        if vocabulary.fingerprint != stored["tokenizer"]:
+            raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
+        task = TaskChoice(**stored["task"] | {"labels": tuple(stored["task"]["labels"])})
+        config = configs.load_config(path, FinetuneConfig, stored)
+        return cls(folder, config, task, vocabulary, stored["data"], stored["init"])
+
+    def save(self) -> None:
+        """Writes vocabulary and settings; config.json last, since it makes the folder a run."""
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        partial = self.workdir / "vocab.tmp"
+        self.vocabulary.save(partial)
+        partial.replace(self.workdir / VOCAB)
+        configs.save(
+            self.workdir / CONFIG,
+            KIND,
+            self.config,
+            task=dataclasses.asdict(self.task),
+            data=self.data,
+            init=self.init,
+            tokenizer=self.vocabulary.fingerprint,
+            lowercase=self.vocabulary.lowercase,
+        )
+
+    def params(self, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> tuple[Params, int]:
+        """(parameters, step) of a checkpoint: of the best one on the dev set if step is None."""
+        checkpoints = self.workdir / "checkpoints"
+        return load_params(checkpoints, best_step(checkpoints) if step is None else step, sharding)
+
+
+def run(
+    folder: Path,
+    task: TaskChoice,
+    settings: FinetuneSettings,
+    pretrained: Pretrained,
+    data: TaskData,
+    origin: tuple[str, str],
+) -> Result:
+    """Trains in the folder, goes on with what is there, or just returns its result if it is complete.
+
+    Args:
+      folder: of this one run.
+      task: what is learned.
+      settings: of this run, its seed among them.
+      pretrained: what it begins with.
+      data: of the task.
+      origin: where data and model came from, for the record.
+
+    Raises:
+      UserError: the settings do not fit each other, the devices, or the run that the folder holds.
+    """
+    config = resolve(settings, pretrained.config, data.train.num_units)
+    new = FinetuneRun(folder, config, task, pretrained.vocabulary, *origin)
+    with only_writer(folder / "run.lock", f"another run is writing to {folder}; stop it or give another --workdir"):
+        if (folder / CONFIG).exists():
+            _check_resumable(FinetuneRun.load(folder), new)
+        done = Result.load(folder)
+        if done and done.last_step == config.train.num_steps:
+            return done
+        row_multiple = ways_of_batch(make_mesh(config.mesh)) * config.train.num_microbatches
+        learned = make_task(config, task.spec, data.train, data.held_out, pretrained.params, row_multiple)
+        program = make_program(learned, config)
+        new.save()
+        resumed, began = (folder / "checkpoints").exists(), time.perf_counter()
+        train(learned, config, program, folder)
+        result = _result(new, time.perf_counter() - began, resumed)
+        result.save(folder)
+        return result
+
+
+def _check_resumable(old: FinetuneRun, new: FinetuneRun) -> None:
+    changed = configs.differences(old.config, new.config)
+    for name in ("task", "data", "init"):
+        if getattr(old, name) != getattr(new, name):
+            changed.append(f"{name}: {getattr(old, name)} -> {getattr(new, name)}")
+    if old.vocabulary.fingerprint != new.vocabulary.fingerprint:
+        changed.append("vocabulary")
+    if changed:
+        raise UserError(
+            f"{old.workdir} holds a run with other settings, which these cannot continue: {'; '.join(changed)}; "
+            "give the same settings or another --workdir"
+        )
+
+
+def _result(run: FinetuneRun, seconds: float, resumed: bool) -> Result:
+    """From the figures that the loop wrote down."""
+    spec, by_step = run.task.spec, {}
+    for line in (run.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        figures = {key: value for key, value in record.items() if "/" in key}
+        by_step.setdefault(record["step"], {}).update(figures)
+    by_step = {step: figures for step, figures in by_step.items() if figures}
+    primary = f"dev/{spec.primary}"
+    best = max(by_step, key=lambda step: (by_step[step].get(primary, -math.inf), step))
+    last = run.config.train.num_steps
+    return Result(run.task.name, run.config.seed, by_step[last], by_step[best], best, last, round(seconds, 1), resumed)
