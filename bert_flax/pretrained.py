@@ -1,4 +1,4 @@
-"""Models to start from: a pretraining run, a folder of Hugging Face's, or what ``bert-flax import-hf`` made of one.
+"""Models to start from: a run's, a folder of Hugging Face's, or what ``bert-flax import-hf`` made of one.
 
 An imported folder has config.json, vocab.txt and one checkpoint, as a run's has, and nothing of an optimizer.
 """
@@ -14,6 +14,7 @@ import numpy as np
 
 from bert_flax import runs
 from bert_flax.config import BertConfig
+from bert_flax.finetune import runs as finetuned
 from bert_flax.huggingface import Pretrained, Report, TaskHead, load_pretrained, save_pretrained
 from bert_flax.huggingface_names import HEADS
 from core_flax import config as configs
@@ -60,17 +61,19 @@ def export_hf(workdir: str, output: str, step: int | None = None) -> None:
 
 
 def load_init(path: str, step: int | None = None) -> Pretrained:
-    """The model in a folder: a pretraining run's, an imported one, or Hugging Face's.
+    """The model in a folder: a pretraining or fine-tuning run's, an imported one, or Hugging Face's.
 
     Args:
-      path: the folder.
-      step: of the checkpoint; None: the newest. Only a run's folder has several.
+      path: the folder; of several fine-tuning runs, which differ in their seed, the best one is taken.
+      step: of the checkpoint; None: the newest, of fine-tuning the best. Only a run's folder has several.
 
     Raises:
       UserError: it is none of these, or it is damaged.
     """
     folder = Path(path)
     kind = _kind(folder)
+    if kind == finetuned.KIND or (kind is None and any(folder.glob(f"seed-*/{CONFIG}"))):
+        return _load_finetuned(path, step)
     if kind is None:
         if step is not None:
             raise UserError(f"--step {step}: {path} is a folder of Hugging Face's, which has no steps")
@@ -126,6 +129,18 @@ def _load_run(folder: Path, step: int | None) -> Pretrained:
     params, step = run.params(step)
     arrays = _arrays(params)
     return Pretrained(run.config.model, arrays, run.vocabulary, _report(arrays, step))
+
+
+def _load_finetuned(path: str, step: int | None) -> Pretrained:
+    run = finetuned.best_run(path)
+    params, step = run.params(step)
+    arrays = _arrays(params)
+    spec, layer = run.task.spec, arrays.pop("head")
+    architecture = {"span": "QuestionAnswering", "tagging": "TokenClassification", "choice": "MultipleChoice"}
+    name = f"BertFor{architecture.get(spec.kind, 'SequenceClassification')}"
+    labels = spec.labels if spec.kind in ("classification", "tagging") else None
+    head = TaskHead(name, layer["kernel"], layer["bias"], labels)
+    return Pretrained(run.config.model, arrays, run.vocabulary, _report(arrays, step), head)
 
 
 def _report(arrays: Mapping[str, Any], step: int) -> Report:

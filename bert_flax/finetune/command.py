@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from bert_flax.finetune.config import FinetuneSettings
 from bert_flax.finetune.data import TaskData, load_data
 from bert_flax.finetune.readers import find_labels
-from bert_flax.finetune.runs import KIND, FinetuneRun, Result, TaskChoice, run
+from bert_flax.finetune.runs import Result, TaskChoice, best_run, run
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
@@ -205,24 +204,3 @@ def table_of_all(paths: Sequence[Path]) -> str:
 
 def _cell(mean: float, deviation: float | None) -> str:
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
-
-
-def best_run(workdir: str) -> FinetuneRun:
-    """The run in a folder: itself, or of several seeds the one that is best on the dev set.
-
-    Raises:
-      UserError: there is none that is complete.
-    """
-    home = Path(workdir)
-    if (home / "config.json").is_file():
-        return FinetuneRun.load(home)
-    found = [(folder, Result.load(folder)) for folder in sorted(home.glob("seed-*"))]
-    complete = [(folder, result) for folder, result in found if result is not None]
-    if not complete:
-        raise UserError(f"{home} holds no complete run of kind {KIND}; give the --workdir of bert-flax finetune")
-
-    def figure(pair: tuple[Path, Result]) -> float:
-        spec = FinetuneRun.load(pair[0]).task.spec
-        return pair[1].best.get(f"dev/{spec.primary}", -math.inf)
-
-    return FinetuneRun.load(max(complete, key=figure)[0])

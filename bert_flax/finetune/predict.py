@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bert_flax.finetune import spans
-from bert_flax.finetune.command import best_run
 from bert_flax.finetune.conll import DOCUMENT_START
 from bert_flax.finetune.data import encode, remarks_on
 from bert_flax.finetune.examples import Dataset, QuestionExample, TaggedExample, TextExample
 from bert_flax.finetune.predictions import Predictions, Told, predict
 from bert_flax.finetune.readers import read_file
-from bert_flax.finetune.runs import FinetuneRun, Result
+from bert_flax.finetune.runs import FinetuneRun, Result, best_run
 from bert_flax.finetune.task import Labelled, make_evaluator, make_model
 from bert_flax.finetune.tasks import SUBMISSION_HEADER, TaskSpec
 from core_flax.config import MeshConfig

@@ -193,3 +193,24 @@ def _result(run: FinetuneRun, seconds: float, resumed: bool) -> Result:
     best = max(by_step, key=lambda step: (by_step[step].get(primary, -math.inf), step))
     last = run.config.train.num_steps
     return Result(run.task.name, run.config.seed, by_step[last], by_step[best], best, last, round(seconds, 1), resumed)
+
+
+def best_run(workdir: str) -> FinetuneRun:
+    """The run in a folder: itself, or of several seeds the one that is best on the dev set.
+
+    Raises:
+      UserError: there is none that is complete.
+    """
+    home = Path(workdir)
+    if (home / "config.json").is_file():
+        return FinetuneRun.load(home)
+    found = [(folder, Result.load(folder)) for folder in sorted(home.glob("seed-*"))]
+    complete = [(folder, result) for folder, result in found if result is not None]
+    if not complete:
+        raise UserError(f"{home} holds no complete run of kind {KIND}; give the --workdir of bert-flax finetune")
+
+    def figure(pair: tuple[Path, Result]) -> float:
+        spec = FinetuneRun.load(pair[0]).task.spec
+        return pair[1].best.get(f"dev/{spec.primary}", -math.inf)
+
+    return FinetuneRun.load(max(complete, key=figure)[0])
