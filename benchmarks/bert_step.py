@@ -26,6 +26,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from core_flax.memory import keep_freed_memory
+
+if {"ours", "torch_keeping_memory"} & set(sys.argv):  # a worker's name: before jax, torch or numpy start a thread
+    keep_freed_memory()
+
 import numpy as np
 
 from bert_flax.presets import PRESETS
@@ -92,12 +97,11 @@ class Ours:
         from bert_flax.pretrain import loss_weights, pretraining_sums
         from bert_flax.sharding import AXIS_FIELDS, PARAM_RULES
         from core_flax.config import RunConfig, TrainConfig
-        from core_flax.hardware import compute_dtype, keep_freed_memory
-        from core_flax.loop import make_program
+        from core_flax.hardware import compute_dtype
         from core_flax.params import count
+        from core_flax.program import make_program
         from core_flax.task import Task
 
-        keep_freed_memory()
         self.jax = jax
         config = PRESETS[options.preset]()
         self.batch_size, self.batches = options.batch, make_batches(options, config.model.vocab_size)
@@ -237,17 +241,8 @@ class Torch:
         return [*losses, pending.item()]
 
 
-class TorchKeepingMemory(Torch):
-    """Torch with the setting of malloc that our command line makes."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        from core_flax.hardware import keep_freed_memory
-
-        keep_freed_memory()
-        super().__init__(options)
-
-
-CONTESTANTS = {"ours": Ours, "torch": Torch, "torch_keeping_memory": TorchKeepingMemory}
+CONTESTANTS = {"ours": Ours, "torch": Torch, "torch_keeping_memory": Torch}
+"""The second torch has the setting of malloc that our command line makes; see the top of the file."""
 
 
 def work(options: argparse.Namespace) -> None:

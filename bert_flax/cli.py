@@ -7,6 +7,7 @@ import tyro
 
 from bert_flax.finetune import cli as tasks
 from core_flax import cli
+from core_flax.memory import keep_freed_memory
 from core_flax.types import UserError
 
 PROG = "bert-flax"
@@ -65,9 +66,9 @@ class Nothing:
 
 
 def _pretrain(argv: Sequence[str]) -> None:
+    keep_freed_memory()  # before jax is imported
     from bert_flax.presets import PRESETS
     from bert_flax.runs import PretrainCommand, pretrain
-    from core_flax.hardware import keep_freed_memory
 
     words, rest = cli.take_words(PretrainCommand, argv)
     if len(words) > 1:
@@ -84,7 +85,6 @@ def _pretrain(argv: Sequence[str]) -> None:
     command = cli.parse(
         PretrainCommand, rest, f"{PROG} pretrain {name}", PretrainCommand.of(preset()), "\n\n".join(doc)
     )
-    keep_freed_memory()
     pretrain(command, preset())
 
 

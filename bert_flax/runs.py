@@ -21,7 +21,8 @@ from core_flax.config import MeshConfig
 from core_flax.data.records import Manifest, PassageStore
 from core_flax.evaluate import make_evaluate
 from core_flax.lock import only_writer
-from core_flax.loop import check_settings, make_program, train
+from core_flax.loop import train
+from core_flax.program import check_settings, make_program
 from core_flax.sharding import make_mesh, replicated
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError

@@ -1,8 +1,5 @@
 """What accelerators can do at best, to say what share of it a run uses."""
 
-import ctypes
-import importlib.util
-import os
 import re
 
 import jax
@@ -60,25 +57,3 @@ def compute_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def keep_freed_memory() -> None:
-    """On a CPU, let the process keep memory that it frees, for a program that does nothing but train.
-
-    XLA takes the memory of a step's intermediate values anew for every step. glibc's malloc fetches blocks of that size
-    from the kernel and returns them at once, so that each page is cleared and mapped again 67,000 times a step
-    (bert_mini, batch 16 x 128), a sixth of the step's time. Call it before JAX starts its threads (asking for a device
-    does), which take arenas of their own; it does nothing where malloc is not glibc's or JAX has an accelerator.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    has_accelerator = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
-    if mallopt is None or (platforms != "cpu" if platforms else has_accelerator):
-        return
-    # From malloc.h. One arena, since only the first one can grow without bound; none of it by mmap; -1: nothing is ever
-    # given back.
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
-    mallopt(arena_max, 1)
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
-    mallopt(top_pad, 2**26)

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from core_flax import cli
+from core_flax.memory import keep_freed_memory
 from core_flax.types import UserError
 
 PROG = "bert-flax"
@@ -15,11 +16,11 @@ PROG = "bert-flax"
 
 def finetune(argv: Sequence[str]) -> None:
     """``bert-flax finetune TASK``."""
+    keep_freed_memory()  # before jax is imported
     from bert_flax.finetune.command import FinetuneCommand
     from bert_flax.finetune.command import finetune as start
     from bert_flax.finetune.config import FinetuneSettings, settings_of
     from bert_flax.finetune.tasks import TASKS, TaskSpec, custom_task
-    from core_flax.hardware import keep_freed_memory
 
     names = (*TASKS, "glue", "custom")
     words, rest = cli.take_words(FinetuneCommand, argv)
@@ -42,7 +43,6 @@ def finetune(argv: Sequence[str]) -> None:
         )
         return cli.parse(FinetuneCommand, rest, f"{PROG} finetune {name}", default, doc)
 
-    keep_freed_memory()
     if name == "glue":
         _finetune_glue(parse)
     else:

@@ -18,7 +18,8 @@ from bert_flax.huggingface import Pretrained
 from core_flax import config as configs
 from core_flax.checkpoint import best_step, load_params
 from core_flax.lock import only_writer
-from core_flax.loop import make_program, train
+from core_flax.loop import train
+from core_flax.program import make_program
 from core_flax.sharding import make_mesh, ways_of_batch
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError

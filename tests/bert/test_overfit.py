@@ -7,7 +7,7 @@ from bert_flax.pretrain import make_task
 from core_flax import sharding
 from core_flax.config import MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from core_flax.data.records import PassageStore
-from core_flax.loop import make_program
+from core_flax.program import make_program
 from core_flax.text.wordpiece import WordPiece
 
 STEPS, B = 100, 8

@@ -18,7 +18,7 @@ from bert_flax.pretrain import make_task
 from bert_flax.runs import PretrainCommand
 from core_flax.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from core_flax.data.records import PassageStore
-from core_flax.loop import make_program
+from core_flax.program import make_program
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
 

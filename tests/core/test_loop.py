@@ -13,8 +13,10 @@ from core_flax import cli
 from core_flax.checkpoint import list_steps, load_params
 from core_flax.config import CheckpointConfig, LogConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from core_flax.evaluate import make_evaluate
-from core_flax.loop import NotFiniteError, make_program, train
+from core_flax.loop import train
 from core_flax.params import ParamRule
+from core_flax.program import make_program
+from core_flax.recorder import NotFiniteError
 from core_flax.sharding import make_mesh
 from core_flax.signals import Interrupted
 from core_flax.task import Evaluator, Task

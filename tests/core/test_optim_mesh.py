@@ -14,9 +14,9 @@ import pytest
 
 from core_flax import optim, sharding
 from core_flax.config import MeshConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from core_flax.loop import make_program
 from core_flax.losses import cross_entropy_sums
 from core_flax.params import ParamRule, leaves
+from core_flax.program import make_program
 from core_flax.task import Task
 
 B, D, H, K, F, V, N, C, STEPS = 16, 16, 4, 8, 24, 20, 2, 8, 3

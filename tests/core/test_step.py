@@ -15,8 +15,8 @@ from bert_flax.pretrain import loss_weights, pretraining_sums
 from bert_flax.sharding import PARAM_RULES
 from core_flax import sharding
 from core_flax.config import MeshConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
-from core_flax.loop import make_program
 from core_flax.params import ParamRule
+from core_flax.program import make_program
 from core_flax.state import TrainState
 from core_flax.step import first_bad_parameter, gradients, make_train_step, split_microbatches
 from core_flax.task import Task

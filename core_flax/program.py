@@ -1,0 +1,86 @@
+"""The compiled parts of a run: what the settings, the devices and a task make together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from core_flax import sharding
+from core_flax.config import RunConfig
+from core_flax.optim import make_optimizer
+from core_flax.params import ParamRule, leaves, path_of
+from core_flax.schedule import make_schedule
+from core_flax.state import TrainState
+from core_flax.step import Metrics, make_train_step
+from core_flax.task import Task
+from core_flax.types import Batch
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled parts of a run, and where its arrays lie.
+
+    Attributes:
+      mesh: the devices.
+      init: key -> initial state, placed.
+      step: (state, batch) -> (state, metrics); the state passed in is given up.
+      abstract_state: shapes, types and placements of the state.
+    """
+
+    mesh: Mesh
+    init: Callable[[Any], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    abstract_state: TrainState
+
+
+def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None) -> Program:
+    """Everything that the mesh decides.
+
+    Raises:
+      UserError: settings that do not fit the devices or each other.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch_size(config.train.batch_size, config.train.num_microbatches, mesh)
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule, task.param_rules)
+
+    def init(key: Any) -> TrainState:
+        params = task.init(key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = sharding.param_shardings(shapes.params, task.param_rules, mesh, task.axis_fields)
+    placed = sharding.state_shardings(shapes, params, mesh)
+    step = make_train_step(task, optimizer, schedule, config.seed, config.train.num_microbatches)
+    return Program(
+        mesh=mesh,
+        init=jax.jit(init, out_shardings=placed),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh))),
+        abstract_state=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed),
+    )
+
+
+def check_settings(config: RunConfig, rules: tuple[ParamRule, ...]) -> None:
+    """Raises UserError if settings do not fit each other or the devices: before any data is read or written."""
+    sharding.check_batch_size(config.train.batch_size, config.train.num_microbatches, sharding.make_mesh(config.mesh))
+    schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.num_steps)
+    make_optimizer(config.optimizer, schedule, rules)
+
+
+def first_state(task: Task, program: Program, seed: int) -> TrainState:
+    """What ``program.init`` draws, and the task's own parameters where it has some."""
+    state = program.init(jax.random.key(seed))
+
+    def place(keys: tuple[Any, ...], drawn: Any) -> Any:
+        given = task.initial.get(path_of(keys))
+        if given is None:
+            return drawn
+        assert given.shape == drawn.shape, f"{path_of(keys)}: {given.shape} is given, {drawn.shape} is wanted"
+        return jax.make_array_from_callback(drawn.shape, drawn.sharding, lambda index: given[index].astype(drawn.dtype))
+
+    unknown = set(task.initial) - {path for path, _ in leaves(state.params)}
+    assert not unknown, f"no such parameters: {sorted(unknown)}"
+    return state.replace(params=jax.tree_util.tree_map_with_path(place, state.params))
