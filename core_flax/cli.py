@@ -118,7 +118,10 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(f"{_first_sentence(printed.getvalue())}; see {prog} --help") from None
+        box = printed.getvalue()
+        missing = _missing(cls, argv, tyro.MISSING if default is None else default) if "Missing from" in box else []
+        wrong = f"{', '.join(missing)} must be given" if missing else _first_sentence(box)
+        raise UserError(f"{wrong}; see {prog} --help") from None
 
 
 def take_words(cls: Any, argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -145,6 +148,16 @@ def options_of(cls: Any, prefix: str = "--") -> dict[str, bool]:
         else:
             found[option] = True
     return found
+
+
+def _missing(cls: Any, argv: Sequence[str], default: Any) -> list[str]:
+    """What has no default and is not in ``argv``: tyro tells it together with all of its help."""
+    required = [field for field in dataclasses.fields(cls) if _default(field, default) in _NO_VALUE]
+    placed = [field for field in required if typing.get_origin(field.type) is typing.Annotated]  # tyro.conf.Positional
+    given = {_option(argument) for argument in argv}
+    options = [f"--{field.name.replace('_', '-')}" for field in required if field not in placed]
+    absent = placed[len(take_words(cls, argv)[0]) :]
+    return [*(field.name.upper() for field in absent), *(option for option in options if option not in given)]
 
 
 def _option(argument: str) -> str:

@@ -150,7 +150,15 @@ def test_two_presets(refuse, tmp_path):
 
 
 def test_a_missing_option_is_named(refuse):
-    assert "--workdir" in refuse("pretrain", "bert_tiny")
+    for command, missing in (
+        (["pretrain", "bert_tiny"], "--workdir"),
+        (["prepare", "--vocab-size=200"], "--input, --output"),
+        (["score", "--predictions=x"], "TASK, --data"),
+        (["score", "mrpc"], "--predictions, --data"),
+        (["finetune", "mrpc", "--seeds", "2"], "--workdir, --data"),
+    ):
+        prog = " ".join(["bert-flax", *command[: 1 if command[0] in ("prepare", "score") else 2]])
+        assert refuse(*command) == f"bert-flax: error: {missing} must be given; see {prog} --help\n"
 
 
 # Folders
