@@ -83,4 +83,4 @@ def first_state(task: Task, program: Program, seed: int) -> TrainState:
 
     unknown = set(task.initial) - {path for path, _ in leaves(state.params)}
     assert not unknown, f"no such parameters: {sorted(unknown)}"
-    return state.replace(params=jax.tree_util.tree_map_with_path(place, state.params))
+    return TrainState(state.step, jax.tree_util.tree_map_with_path(place, state.params), state.opt_state)
