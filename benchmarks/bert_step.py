@@ -7,7 +7,7 @@ Both train the same model on the same batches (rows of tokens drawn at random, a
 masked), dropout on, with AdamW, weight decay, clipping to norm 1 and a learning rate schedule, on all cores, in
 float32; with a GPU in bfloat16 (theirs: autocast and torch.compile). Each runs in a process of its own and waits while
 the other works; they take turns in blocks of steps, so that a machine that slows down slows both, and the medians over
-blocks are compared.
+blocks are compared (see contest.py).
 
 Each does the work that it does for its users: ours projects onto the vocabulary the masked positions alone, theirs all.
 On a CPU our command line lets malloc keep freed memory; so that the difference is not malloc's alone, torch runs twice,
@@ -15,16 +15,14 @@ as it comes and with the same setting. Needs the extra [parity]. Writes everythi
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+
+import contest
 
 from core_flax.memory import keep_freed_memory
 
@@ -35,10 +33,7 @@ import numpy as np
 
 from bert_flax.presets import PRESETS
 
-RESULTS = Path(__file__).with_name("results")
 NUM_BATCHES = 8
-PAUSE_SECONDS = 0.5
-"""Between blocks: threads of the one before may wait for work by spinning, for 0.2 s in OpenMP's case."""
 
 
 def parse() -> argparse.Namespace:
@@ -245,82 +240,26 @@ CONTESTANTS = {"ours": Ours, "torch": Torch, "torch_keeping_memory": Torch}
 """The second torch has the setting of malloc that our command line makes; see the top of the file."""
 
 
-def work(options: argparse.Namespace) -> None:
-    """A worker: reads a number of steps a line, answers with the seconds they took and their losses."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    contestant = CONTESTANTS[options.worker](options)
-    print(json.dumps(contestant.facts), file=answers)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        losses = contestant.take(int(line))
-        seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "losses": losses}), file=answers)
-
-
-class Worker:
-    """A contestant in a process of its own."""
-
-    def __init__(self, name: str) -> None:
-        env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        self.facts = self.answer()
-
-    def answer(self) -> dict:
-        """What it says next."""
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"a worker ended with status {self.process.wait()}; its message stands above")
-        return json.loads(line)
-
-    def take(self, num_steps: int) -> dict:
-        """Let it take steps and wait for them."""
-        print(num_steps, file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def close(self) -> None:
-        """End it."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def hardware() -> dict:
-    """What the machine is."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1)}
-
-
 def main() -> None:
     """Take turns, print the table, write the file."""
     options = parse()
     if options.worker:
-        return work(options)
+        return contest.serve(partial(CONTESTANTS[options.worker], options))
     if PRESETS[options.preset]().optimizer.name != "adamw":
         sys.exit(f"{options.preset} does not train with AdamW; take one of the paper's presets")
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"note: this machine is busy (load {load:.1f}); timings of a busy machine mean little", file=sys.stderr)
-    workers = {"ours": Worker("ours")}
+    load = contest.load()
+    workers = {"ours": contest.Worker("ours")}
     on_cpu = workers["ours"].facts["backend"] == "cpu"
-    workers |= {name: Worker(name) for name in CONTESTANTS if name == "torch" or (on_cpu and name not in workers)}
+    others = [name for name in CONTESTANTS if name == "torch" or (on_cpu and name not in workers)]
+    workers |= {name: contest.Worker(name) for name in others}
     try:
-        losses = {name: worker.take(options.warmup)["losses"] for name, worker in workers.items()}
-        timings = {name: [] for name in workers}
-        for block in range(options.blocks):
-            order = list(workers) if block % 2 == 0 else list(workers)[::-1]
-            for name in order:
-                time.sleep(PAUSE_SECONDS)
-                answer = workers[name].take(options.steps)
-                timings[name].append(answer["seconds"] / options.steps)
-                losses[name] += answer["losses"]
+        losses = {name: worker.take(options.warmup)["told"] for name, worker in workers.items()}
+        answers = contest.take_turns(workers, options.blocks, options.steps)
     finally:
         for worker in workers.values():
             worker.close()
+    timings = {name: [answer["seconds"] / options.steps for answer in each] for name, each in answers.items()}
+    losses = {name: sum((answer["told"] for answer in answers[name]), first) for name, first in losses.items()}
     facts = {name: worker.facts for name, worker in workers.items()}
     assert len({fact["parameters"] for fact in facts.values()}) == 1, "not the same model"
     assert len({fact["backend"] for fact in facts.values()}) == 1, "one of them did not find the accelerator"
@@ -332,13 +271,8 @@ def main() -> None:
         print(f"{name:22}{seconds:9.4f}{tokens / seconds:11.0f}{seconds / medians['ours']:21.2f}")
     report = {
         "what": "seconds per pretraining step, ours and transformers' in turn",
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": git("status", "--short", "--untracked-files=no").splitlines(),
-        "hardware": hardware(),
+        **contest.origin(),
         "load_at_start": load,
-        "python": platform.python_version(),
         "seed": options.seed,
         "tokens_per_step": tokens,
         "median_seconds_per_step": medians,
@@ -349,16 +283,8 @@ def main() -> None:
         "facts": facts,
     }
     device = facts["ours"]["device"].lower().replace(" ", "_")
-    output = options.output or RESULTS / f"bert_step_{options.preset}_{device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {output}")
-
-
-def git(*command: str) -> str:
-    """What a git command prints about this repository."""
-    run = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return run.stdout.rstrip()
+    output = options.output or contest.RESULTS / f"bert_step_{options.preset}_{device}.json"
+    contest.write(report, output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,10 +33,11 @@ class Contestant(Protocol):
         """Does a turn's work to the end; what it returns goes into the report."""
 
 
-def serve(contestant: Contestant) -> None:
-    """A worker: reads a turn's work a line, answers with the seconds it took and what came of it."""
+def serve(make: Callable[[], Contestant]) -> None:
+    """A worker: makes its contestant, reads a turn's work a line, answers with its seconds and what came of it."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints is no answer
+    contestant = make()
     print(json.dumps(contestant.facts), file=answers)
     for line in sys.stdin:
         began = time.perf_counter()
