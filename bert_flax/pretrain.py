@@ -1,7 +1,7 @@
 """The pretraining task: masked tokens and next sentences, each loss divided by its own weight."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,10 +33,7 @@ def make_task(
       vocabulary: that of both.
     """
     batch_size = config.train.batch_size
-    phases = Phases(config.inputs, PairExamples(train, vocabulary, config.inputs, config.seed, batch_size))
-    if config.inputs.long_from_step is not None:
-        long = long_inputs(config)
-        phases = dataclasses.replace(phases, long=PairExamples(train, vocabulary, long, config.seed, batch_size))
+    phases = _phases(config, train, vocabulary)
     model = BertForPreTraining(config.model, compute_dtype(config.train.compute_dtype))
 
     def init(key: Array) -> Params:
@@ -55,22 +52,6 @@ def make_task(
         flops = flops_per_example(config.model, inputs.length, inputs.max_predictions)
         return Cost(tokens=batch_size * inputs.length, flops=batch_size * flops)
 
-    evaluators = {}
-    if held_out is not None:
-        # One is added to every count, so that what the training text lacks is not impossible.
-        log_unigram_V = np.log((train.unigram + 1) / (train.unigram + 1).sum()).astype(np.float32)
-        evaluators["held_out"] = Evaluator(
-            batches=lambda: eval_batches(
-                held_out,
-                vocabulary,
-                config.inputs,
-                # What fits in training fits in evaluation; the examples are the same in whatever portions.
-                batch_size // config.train.num_microbatches,
-                config.train.eval_batches * config.train.num_microbatches,
-            ),
-            metric_sums=lambda params, batch: held_out_sums(model, params, batch, log_unigram_V),
-            objective="mlm_loss",
-        )
     return Task(
         init=init,
         loss_weights=loss_weights,
@@ -78,7 +59,7 @@ def make_task(
         batches=batches,
         param_rules=PARAM_RULES,
         axis_fields=AXIS_FIELDS,
-        evaluators=evaluators,
+        evaluators={} if held_out is None else {"held_out": _evaluator(config, model, train, held_out, vocabulary)},
         cost=cost,
     )
 
@@ -99,6 +80,37 @@ class Phases:
     def make_batch(self, step: int, rows: range) -> Batch:
         """The batch of a step."""
         return self.at(step).make_batch(step, rows)
+
+
+def _phases(config: PretrainConfig, train: PassageStore, vocabulary: WordPiece) -> Phases:
+    def examples(inputs: InputsConfig) -> PairExamples:
+        return PairExamples(train, vocabulary, inputs, config.seed, config.train.batch_size)
+
+    long = None if config.inputs.long_from_step is None else examples(long_inputs(config))
+    return Phases(config.inputs, examples(config.inputs), long)
+
+
+def _evaluator(
+    config: PretrainConfig,
+    model: BertForPreTraining,
+    train: PassageStore,
+    held_out: PassageStore,
+    vocabulary: WordPiece,
+) -> Evaluator:
+    """Held-out losses beside those of the training text's unigram model."""
+    # One is added to every count, so that what the training text lacks is not impossible.
+    log_unigram_V = np.log((train.unigram + 1) / (train.unigram + 1).sum()).astype(np.float32)
+
+    def batches() -> Iterator[Batch]:
+        # What fits in training fits in evaluation; the examples are the same in whatever portions.
+        portions = config.train.num_microbatches
+        size, number = config.train.batch_size // portions, config.train.eval_batches * portions
+        return eval_batches(held_out, vocabulary, config.inputs, size, number)
+
+    def metric_sums(params: Params, batch: Batch) -> MetricSums:
+        return held_out_sums(model, params, batch, log_unigram_V)
+
+    return Evaluator(batches, metric_sums, objective="mlm_loss")
 
 
 def long_inputs(config: PretrainConfig) -> InputsConfig:
