@@ -18,7 +18,8 @@ from bert_flax.huggingface_names import HEADS, arrays_from, params_from, tensors
 from bert_flax.huggingface_vocabulary import read_vocabulary, write_vocabulary
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
-from core_flax.weight_files import SAFETENSORS, read_json, read_weights, write_safetensors
+from core_flax.weight_files import SAFETENSORS, Report, config_from, read_json, read_weights, write_safetensors
+from core_flax.weight_names import check_array
 
 CONFIG = "config.json"
 FIELDS = {
@@ -78,29 +79,6 @@ class TaskHead:
     kernel: np.ndarray
     bias: np.ndarray
     labels: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What came of reading weights.
-
-    Attributes:
-      files: what was read.
-      missing: heads that the weights lack.
-      unused: names of arrays that belong to no part of the model.
-      notes: what else is to be known, a line each.
-    """
-
-    files: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def lines(self) -> list[str]:
-        """For the user."""
-        lines = [f"read: {', '.join(self.files)}"]
-        lines += [f"missing, new where it is needed: {name}" for name in self.missing]
-        return [*lines, *(f"unused: {name}" for name in self.unused), *self.notes]
 
 
 @dataclass(frozen=True)
@@ -171,17 +149,7 @@ def _read_config(path: Path, stored: Mapping[str, Any]) -> BertConfig:
     for name, values in FIXED.items():
         if stored.get(name, values[0]) not in values:
             raise UserError(f"{path}: {name} is {stored[name]!r}; this model has {values[0]!r}")
-    fields = {}
-    for theirs, ours in FIELDS.items():
-        kinds = (int,) if isinstance(getattr(BertConfig(), ours), int) else (int, float)
-        value = stored.get(theirs, getattr(BertConfig(), ours))
-        if type(value) not in kinds:
-            raise UserError(f"{path}: {theirs} is {value!r}, which is no {'whole ' if kinds == (int,) else ''}number")
-        fields[ours] = value
-    try:
-        return BertConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{path} describes no model that can be built ({error})") from error
+    return config_from(path, stored, FIELDS, BertConfig())
 
 
 def _their_config(
@@ -254,20 +222,12 @@ def _check_arrays(folder: Path, config: BertConfig, arrays: Mapping[str, np.ndar
                 missing.setdefault(part, []).append(name)
                 continue
             present.add(part)
-            _check_shape(folder, name, arrays[name], tensor.shape)
+            check_array(folder, name, arrays[name], tensor.shape)
     for part, names in missing.items():
         if part in present or part == "encoder":
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{folder}: the weights lack {names[0]}{more} of the {part}; give the whole of the model")
     return tuple(missing)
-
-
-def _check_shape(folder: Path, name: str, x: np.ndarray, shape: tuple[int, ...]) -> None:
-    if x.shape != shape or x.dtype != np.float32:
-        raise UserError(
-            f"{folder}: {name} is {x.dtype}{list(x.shape)} in the weights, and {CONFIG} asks for float32{list(shape)}; "
-            "they belong to different models"
-        )
 
 
 def _task_head(
@@ -283,7 +243,7 @@ def _task_head(
     if weight is None or bias is None:
         return None
     num_classes = len(bias) if bias.ndim else 0
-    _check_shape(folder, f"{layer}.weight", weight, (num_classes, config.width))
+    check_array(folder, f"{layer}.weight", weight, (num_classes, config.width))
     labels = stored.get("id2label") or {}
     names = tuple(str(labels[str(number)]) for number in range(num_classes) if str(number) in labels)
     fits = len(names) == len(labels) == num_classes

@@ -3,6 +3,7 @@
 ``model.safetensors``, whole or in shards with an index, or else the older ``pytorch_model.bin`` of torch.save.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -29,6 +30,29 @@ class Weights:
     """Names of the files that were read."""
     converted: tuple[str, ...]
     """What was of another type, in words: "103 arrays from float16 to float32"."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of reading weights.
+
+    Attributes:
+      files: what was read.
+      missing: heads that the weights lack.
+      unused: names of arrays that belong to no part of the model.
+      notes: what else is to be known, a line each.
+    """
+
+    files: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        lines = [f"read: {', '.join(self.files)}"]
+        lines += [f"missing, new where it is needed: {name}" for name in self.missing]
+        return [*lines, *(f"unused: {name}" for name in self.unused), *self.notes]
 
 
 def read_weights(folder: Path) -> Weights:
@@ -69,6 +93,33 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; get it again")
     return content
+
+
+def config_from(path: Path, stored: Mapping[str, Any], names: Mapping[str, str], defaults: Any) -> Any:
+    """A config of ours from the JSON object of theirs.
+
+    Args:
+      path: of their file, for messages.
+      stored: what it holds.
+      names: their names of our fields.
+      defaults: a config of ours; its values stand where theirs lacks one, and their types are those that are wanted.
+
+    Raises:
+      UserError: a value is of another type, or the config refuses it.
+    """
+    fields = {}
+    for theirs, ours in names.items():
+        default = getattr(defaults, ours)
+        value = stored.get(theirs, default)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if type(value) not in kinds:
+            what = {bool: "neither true nor false", int: "no whole number"}.get(type(default), "no number")
+            raise UserError(f"{path}: {theirs} is {value!r}, which is {what}")
+        fields[ours] = value
+    try:
+        return dataclasses.replace(defaults, **fields)
+    except UserError as error:
+        raise UserError(f"{path} describes no model that can be built ({error})") from error
 
 
 def _read_shards(folder: Path, index: str, read: Callable[[Path], dict[str, np.ndarray]]) -> Weights:
