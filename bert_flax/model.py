@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from core_flax import sharding
 from core_flax.attention import MultiHeadAttention, packing_mask, padding_mask
 from core_flax.config import check_range
-from core_flax.layers import Dropout, FeedForward, Linear, Norm, Remat, gelu, layers_per_turn, remat
+from core_flax.layers import Dropout, Embedding, FeedForward, Linear, Norm, Remat, gelu, layers_per_turn, remat
 from core_flax.types import Array, UserError
 
 
@@ -63,31 +63,6 @@ class BertConfig:
     def kernel_init(self) -> nn.initializers.Initializer:
         """Truncated normal, cut at two standard deviations, as in the released code."""
         return nn.initializers.truncated_normal(self.init_stddev)
-
-
-class Embedding(nn.Module):
-    """A table [num_entries, width] that is looked up, and that may serve as the output layer as well."""
-
-    num_entries: int
-    width: int
-    embedding_init: nn.initializers.Initializer
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self) -> None:
-        """Creates the table."""
-        self.embedding = self.param("embedding", self.embedding_init, (self.num_entries, self.width))
-
-    def __call__(self, ids: Array) -> Array:
-        """Rows [..., D] of the table for ids [...]."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
-
-    def logits(self, x: Array) -> Array:
-        """Scores [..., V] of every entry for x [..., D] (tied weights: Press and Wolf 2017, arXiv 1608.05859).
-
-        float32 whatever the dtype: rounded to bfloat16, near scores would be ties.
-        """
-        x, table = x.astype(self.dtype), self.embedding.astype(self.dtype)
-        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
 
 class BertEmbeddings(nn.Module):

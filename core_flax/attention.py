@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from core_flax import sharding
+from core_flax.cache import KeyValueCache
 from core_flax.layers import Dropout, Linear, Weights, linear
 from core_flax.types import Array
 
@@ -19,6 +20,12 @@ def padding_mask(valid_BM: Array) -> Array:
 def packing_mask(sequences_BL: Array) -> Array:
     """[B, 1, L, L]: True where two tokens are of one sequence, in rows that hold several; padding sees padding."""
     return sequences_BL[:, None, :, None] == sequences_BL[:, None, None, :]
+
+
+def causal_mask(length: int, sequences_BL: Array | None = None) -> Array:
+    """[1, 1, L, L], or [B, 1, L, L] of packed rows: True where a token may look, at itself and at those before it."""
+    mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    return mask if sequences_BL is None else mask & packing_mask(sequences_BL)
 
 
 def dot_product_attention(
@@ -50,6 +57,30 @@ def dot_product_attention(
     if dropout is not None:
         probs_BHLM = dropout(probs_BHLM)
     return jnp.einsum("BHLM,BMHK->BLHK", probs_BHLM, v_BMHK)
+
+
+def grouped_query_attention(
+    q_BLHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    mask_B1LM: Array,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Array:
+    """Attention in which H / G consecutive heads of queries share one of keys and values (Ainslie et al. 2023).
+
+    Source: arXiv 2305.13245, section 2.2. Otherwise as dot_product_attention; the mask is the same for every head.
+    """
+    batch_size, length, num_heads, head_width = q_BLHK.shape
+    num_kv_heads = k_BMGK.shape[2]
+    share = num_heads // num_kv_heads
+    if share == 1:
+        return dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask_B1LM, dropout)
+    # To its keys, a group is one head with as many more queries.
+    grouped = q_BLHK.reshape(batch_size, length, num_kv_heads, share, head_width).transpose(0, 3, 1, 2, 4)
+    q_BTGK = grouped.reshape(batch_size, share * length, num_kv_heads, head_width)
+    mixed_BTGK = dot_product_attention(q_BTGK, k_BMGK, v_BMGK, jnp.tile(mask_B1LM, (1, 1, share, 1)), dropout)
+    mixed = mixed_BTGK.reshape(batch_size, share, length, num_kv_heads, head_width).transpose(0, 2, 3, 1, 4)
+    return mixed.reshape(batch_size, length, num_heads, head_width)
 
 
 class MultiHeadAttention(nn.Module):
@@ -105,3 +136,86 @@ class MultiHeadAttention(nn.Module):
             lambda probs_BHLM: dropout(probs_BHLM, row_B=row_B, deterministic=deterministic),
         )
         return Linear((width,), self.kernel_init, self.dtype, num_inputs=2, name="out")(mixed_BLHK)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself, as decoders want it: grouped queries, prepared keys, a cache.
+
+    Attributes:
+      num_heads: H.
+      num_kv_heads: G, of keys and values; must divide H.
+      head_width: K.
+      use_bias: whether the four projections have biases.
+      dropout_rate: share of attention probabilities that is dropped in training.
+      kernel_init: initialiser of the projections.
+      out_init: initialiser of the last one, if it is another.
+      dtype: type of the computation; parameters are float32.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    use_bias: bool = True
+    dropout_rate: float = 0.0
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    out_init: nn.initializers.Initializer | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: Array,
+        mask_B1LM: Array,
+        cache: KeyValueCache | None = None,
+        layer: Array | int = 0,
+        *,
+        prepare: Callable[[Array], Array] = lambda heads: heads,
+        row_B: Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, KeyValueCache | None]:
+        """Returns ([B, L, D], the cache with these tokens or None).
+
+        Args:
+          x_BLD: hidden states of the tokens.
+          mask_B1LM: True where they may look: at M slots of the cache, or without one at each other.
+          cache: keys and values of the tokens before them.
+          layer: which layer of the cache is this one's.
+          prepare: what is done to queries [B, L, H, K] and to keys [B, L, G, K] before they meet, such as rotation.
+          row_B: as in layers.Dropout.
+          deterministic: as in layers.Dropout.
+        """
+        q_BLHK, k_BLGK, v_BLGK = self._project(x_BLD)
+        q_BLHK, k_BLGK = prepare(q_BLHK), prepare(k_BLGK)
+        if cache is not None:
+            cache = cache.write(layer, k_BLGK, v_BLGK)
+            k_BLGK, v_BLGK = cache.read(layer)
+        dropout = Dropout(self.dropout_rate)
+        mixed_BLHK = grouped_query_attention(
+            q_BLHK,
+            k_BLGK,
+            v_BLGK,
+            mask_B1LM,
+            lambda probs_BHLM: dropout(probs_BHLM, row_B=row_B, deterministic=deterministic),
+        )
+        out = Linear(
+            x_BLD.shape[-1:], self.out_init or self.kernel_init, self.dtype, self.use_bias, num_inputs=2, name="out"
+        )
+        return out(mixed_BLHK), cache
+
+    def _project(self, x_BLD: Array) -> list[Array]:
+        """Queries [B, L, H, K], keys and values [B, L, G, K], in as few products as there are widths."""
+        weights = {
+            name: Weights((number, self.head_width), self.kernel_init, self.dtype, self.use_bias, name=name)
+            for name, number in (("query", self.num_heads), ("key", self.num_kv_heads), ("value", self.num_kv_heads))
+        }
+        products = [("heads", ["query", "key", "value"])]
+        if self.num_kv_heads < self.num_heads:
+            products = [("heads", ["query"]), ("kv_heads", ["key", "value"])]
+        projected = []
+        for axis, names in products:
+            kernels, biases = zip(*(weights[name](x_BLD.shape[-1:]) for name in names), strict=True)
+            bias = jnp.stack(biases, axis=-3) if self.use_bias else None
+            y = linear(x_BLD, jnp.stack(kernels, axis=-3), bias)
+            y = sharding.constrain(y, "batch", "length", "small", axis, "head_width")
+            projected += [y[:, :, part] for part in range(len(names))]
+        return projected

@@ -1,4 +1,4 @@
-"""Leaves that every architecture shares: linear map, norm, dropout, feed-forward."""
+"""Leaves that every architecture shares: linear map, embedding, norm, dropout, feed-forward."""
 
 import math
 from collections.abc import Callable
@@ -14,6 +14,9 @@ from core_flax.types import Array
 Norm = nn.LayerNorm
 """Layer normalisation (Ba et al. 2016, arXiv 1607.06450); Flax takes its statistics in float32 whatever the dtype."""
 
+RMSNorm = nn.RMSNorm
+"""Division by the root mean square, and a scale (Zhang and Sennrich 2019, arXiv 1910.07467); statistics as in Norm."""
+
 
 class Weights(nn.Module):
     """Kernel and bias of a linear map from ``inputs`` to ``features``.
@@ -25,44 +28,73 @@ class Weights(nn.Module):
       features: dims of the output, e.g. (H, K).
       kernel_init: initialiser, given the shape of the matrix.
       dtype: type of the computation; parameters are float32.
+      use_bias: whether there is a bias.
     """
 
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: jnp.dtype = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, inputs: tuple[int, ...]) -> tuple[Array, Array]:
-        """Returns (kernel [*inputs, *features], bias [*features]) for inputs of the given dims, e.g. (D,)."""
+    def __call__(self, inputs: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """Returns (kernel [*inputs, *features], bias [*features] or None) for inputs of the given dims, e.g. (D,)."""
         return self.weights(inputs)
 
-    def weights(self, inputs: tuple[int, ...]) -> tuple[Array, Array]:
+    def weights(self, inputs: tuple[int, ...]) -> tuple[Array, Array | None]:
         """As __call__, for use inside a compact method of a subclass."""
 
         def init(key: Array) -> Array:
             matrix = self.kernel_init(key, (math.prod(inputs), math.prod(self.features)), jnp.float32)
             return matrix.reshape(*inputs, *self.features)
 
-        kernel, bias = self.param("kernel", init), self.param("bias", nn.initializers.zeros, self.features)
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
+        kernel = self.param("kernel", init).astype(self.dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
 
 
 class Linear(Weights):
-    """A linear map with bias over the last ``num_inputs`` dims of its input to ``features``."""
+    """A linear map over the last ``num_inputs`` dims of its input to ``features``."""
 
     num_inputs: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., *inputs] to [..., *features]."""
-        return linear(x, *self.weights(x.shape[-self.num_inputs :]))
+        return linear(x, *self.weights(x.shape[-self.num_inputs :]), self.num_inputs)
 
 
-def linear(x: Array, kernel: Array, bias: Array) -> Array:
-    """x [..., *inputs] times kernel [*inputs, *features] plus bias [*features], in the kernel's type."""
-    num_inputs = kernel.ndim - bias.ndim
+def linear(x: Array, kernel: Array, bias: Array | None = None, num_inputs: int = 1) -> Array:
+    """x [..., *inputs] times kernel [*inputs, *features], plus bias [*features] if any, in the kernel's type."""
     dims = tuple(range(x.ndim - num_inputs, x.ndim))
-    return jax.lax.dot_general(x.astype(kernel.dtype), kernel, ((dims, tuple(range(num_inputs))), ((), ()))) + bias
+    y = jax.lax.dot_general(x.astype(kernel.dtype), kernel, ((dims, tuple(range(num_inputs))), ((), ())))
+    return y if bias is None else y + bias
+
+
+class Embedding(nn.Module):
+    """A table [num_entries, width] that is looked up, and that may serve as the output layer as well."""
+
+    num_entries: int
+    width: int
+    embedding_init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the table."""
+        self.embedding = self.param("embedding", self.embedding_init, (self.num_entries, self.width))
+
+    def __call__(self, ids: Array) -> Array:
+        """Rows [..., D] of the table for ids [...]."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def logits(self, x: Array) -> Array:
+        """Scores [..., V] of every entry for x [..., D] (tied weights: Press and Wolf 2017, arXiv 1608.05859).
+
+        float32 whatever the dtype: rounded to bfloat16, near scores would be ties.
+        """
+        x, table = x.astype(self.dtype), self.embedding.astype(self.dtype)
+        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
 
 def row_bits(key: Array, row_B: Array, shape: tuple[int, ...]) -> Array:
@@ -122,44 +154,87 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
+def gelu_tanh(x: Array) -> Array:
+    """The unit ``gelu`` by way of tanh, as GPT-2 computes it (Hendrycks and Gimpel 2016, section 2)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 class FeedForward(nn.Module):
     """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3).
 
     Attributes:
       width: F, of the hidden layer.
       activation: its nonlinearity.
+      kernel_init: initialiser of both kernels.
+      out_init: initialiser of the second one, if it is another.
     """
 
     width: int
     activation: Callable[[Array], Array]
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: jnp.dtype = jnp.float32
+    out_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         """Maps [B, L, D] to [B, L, D]."""
         hidden_BLF = Linear((self.width,), kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x_BLD)
         hidden_BLF = sharding.constrain(self.activation(hidden_BLF), "batch", "length", "mlp")
-        return Linear((x_BLD.shape[-1],), kernel_init=self.kernel_init, dtype=self.dtype, name="down")(hidden_BLF)
+        out_init = self.out_init or self.kernel_init
+        return Linear((x_BLD.shape[-1],), kernel_init=out_init, dtype=self.dtype, name="down")(hidden_BLF)
+
+
+class GatedFeedForward(nn.Module):
+    """Position-wise feed-forward network with a gate, without biases (Shazeer 2020, arXiv 2002.05202).
+
+    Attributes:
+      width: F, of the hidden layer.
+      activation: nonlinearity of the gate; jax.nn.silu makes it SwiGLU.
+      kernel_init: initialiser of the three kernels.
+      out_init: initialiser of the last one, if it is another.
+    """
+
+    width: int
+    activation: Callable[[Array], Array]
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: jnp.dtype = jnp.float32
+    out_init: nn.initializers.Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        """Maps [B, L, D] to [B, L, D]."""
+        width = x_BLD.shape[-1]
+        names = ("gate", "up")
+        kernels = [
+            Weights((self.width,), self.kernel_init, self.dtype, use_bias=False, name=name)((width,))[0]
+            for name in names
+        ]
+        # One product instead of two, as in attention.
+        both = sharding.constrain(linear(x_BLD, jnp.stack(kernels, axis=-2)), "batch", "length", "small", "mlp")
+        hidden_BLF = self.activation(both[:, :, 0]) * both[:, :, 1]
+        out_init = self.out_init or self.kernel_init
+        return Linear((width,), kernel_init=out_init, dtype=self.dtype, use_bias=False, name="down")(hidden_BLF)
 
 
 Remat = Literal["none", "elementwise", "block"]
 
 
-def remat(block: type[nn.Module], policy: Remat, unroll: int = 1) -> type[nn.Module]:
+def remat(block: type[nn.Module], policy: Remat, unroll: int = 1, static: tuple[int, ...] = (4,)) -> type[nn.Module]:
     """A block class whose backward pass computes again what ``policy`` does not keep (Chen et al. 2016, 1604.06174).
 
     Args:
-      block: module class with ``__call__(x, mask, row_B, deterministic)``, to be scanned.
+      block: module class, to be scanned.
       unroll: blocks to a turn of the scan. Between turns XLA cannot see that it computes something twice; within one it
         would keep the first result after all, unless barriers forbid it.
       policy: "none" keeps every intermediate value; "elementwise" keeps the matrix products and computes norms,
         activations, softmax and dropout again, which is little work and much memory; "block" keeps each block's input.
+      static: which arguments of its ``__call__``, self being 0, are no arrays; that of (x, mask, row_B, deterministic)
+        is 4.
     """
     if policy == "none":
         return block
     keep = jax.checkpoint_policies.dots_saveable if policy == "elementwise" else None
-    return nn.remat(block, policy=keep, prevent_cse=unroll > 1, static_argnums=(4,))
+    return nn.remat(block, policy=keep, prevent_cse=unroll > 1, static_argnums=static)
 
 
 def layers_per_turn(unroll: int | None, num_layers: int) -> int:

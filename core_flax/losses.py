@@ -1,8 +1,12 @@
 """Losses as sums over examples: whoever knows the whole batch divides, once."""
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from core_flax import sharding
 from core_flax.types import Array
 
 
@@ -23,3 +27,149 @@ def cross_entropy_sums(logits: Array, labels: Array, weights: Array) -> tuple[Ar
     # Correct if nothing else reaches the label's logit: a tie is no prediction, and a sum is cheaper than argmax.
     correct = jnp.sum(logits >= label_logits[..., None], axis=-1) == 1
     return jnp.sum(loss * weights), jnp.sum(correct * weights)
+
+
+class VocabularySums(NamedTuple):
+    """Weighted sums over positions, float32 scalars."""
+
+    loss: Array
+    """Cross-entropy, plus z_weight times ``z``: what is differentiated."""
+    cross_entropy: Array
+    """In nats; without a gradient."""
+    z: Array
+    """The squared logarithm of the softmax's denominator; without a gradient."""
+    correct: Array
+    """1 where the label's logit is the largest."""
+
+
+def vocabulary_sums(
+    x_BLD: Array,
+    table_VD: Array,
+    labels_BL: Array,
+    weights_BL: Array,
+    *,
+    num_chunks: int = 1,
+    z_weight: float = 0.0,
+    soft_cap: float | None = None,
+) -> VocabularySums:
+    """Cross-entropy of a large vocabulary, whose logits x table^T are never whole in memory.
+
+    A chunk of the positions is scored at a time, and where a gradient is wanted, it is computed there and then: so
+    every logit is computed once, as in the plain way, and what is kept is the gradient of the two inputs rather than
+    logits (as in Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+
+    Args:
+      x_BLD: hidden states; their type is that of the matrix products. Sums and softmax are float32.
+      table_VD: output layer, or the tied embedding; float32 parameters.
+      labels_BL: int, in [0, V).
+      weights_BL: 0 leaves a position out. No gradient goes there.
+      num_chunks: portions in which positions are scored; memory for logits falls as 1 / num_chunks. Changes results by
+        rounding at most.
+      z_weight: weight of the z-loss, which keeps the denominator near 1 (Chowdhery et al. 2022, arXiv 2204.02311,
+        section 5); 0: none.
+      soft_cap: logits are soft_cap * tanh(logits / soft_cap) (Gemma Team 2024, arXiv 2408.00118, section 2); None: as
+        they are.
+    """
+    loss, *others = _sums(x_BLD, table_VD, labels_BL, weights_BL, num_chunks, z_weight, soft_cap)
+    return VocabularySums(loss, *map(jax.lax.stop_gradient, others))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sums(
+    x_BLD: Array,
+    table_VD: Array,
+    labels_BL: Array,
+    weights_BL: Array,
+    num_chunks: int,
+    z_weight: float,
+    soft_cap: float | None,
+) -> VocabularySums:
+    table_VD = table_VD.astype(x_BLD.dtype)
+
+    def add(sums: VocabularySums, chunk: tuple[Array, Array, Array]) -> tuple[VocabularySums, None]:
+        x, labels, weights = chunk
+        return _add(sums, _sums_of(_logits(x, table_VD, soft_cap), labels, weights, z_weight)), None
+
+    return jax.lax.scan(add, _zero(), _chunks(num_chunks, x_BLD, labels_BL, weights_BL))[0]
+
+
+def _sums_forward(
+    x_BLD: Array,
+    table_VD: Array,
+    labels_BL: Array,
+    weights_BL: Array,
+    num_chunks: int,
+    z_weight: float,
+    soft_cap: float | None,
+) -> tuple[VocabularySums, tuple[Array, Array]]:
+    """The sums, and the gradients of the loss: they are linear in its cotangent, so they need not wait for it."""
+    table = table_VD.astype(x_BLD.dtype)
+
+    def add(carry: tuple[VocabularySums, Array], chunk: tuple[Array, Array, Array]):
+        sums, grad_VD = carry
+        x, labels, weights = chunk
+        logits = _logits(x, table, soft_cap)
+        sums = _add(sums, _sums_of(logits, labels, weights, z_weight))
+        grad_BLV = _gradient(logits, labels, weights, z_weight, soft_cap).astype(x.dtype)
+        grad_BLD = jnp.einsum("BLV,VD->BLD", grad_BLV, table)
+        grad_VD += jnp.einsum("BLV,BLD->VD", grad_BLV, x, preferred_element_type=jnp.float32)
+        return (sums, grad_VD), grad_BLD
+
+    start = _zero(), jnp.zeros(table_VD.shape, jnp.float32)
+    (sums, grad_VD), grads = jax.lax.scan(add, start, _chunks(num_chunks, x_BLD, labels_BL, weights_BL))
+    grad_BLD = grads.swapaxes(0, 1).reshape(x_BLD.shape[0], -1, x_BLD.shape[2])[:, : x_BLD.shape[1]]
+    return sums, (grad_BLD, grad_VD.astype(table_VD.dtype))
+
+
+def _sums_backward(
+    num_chunks: int, z_weight: float, soft_cap: float | None, grads: tuple[Array, Array], cotangent: VocabularySums
+) -> tuple[Array, Array, None, None]:
+    grad_BLD, grad_VD = grads
+    return (grad_BLD * cotangent.loss).astype(grad_BLD.dtype), grad_VD * cotangent.loss, None, None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _chunks(num_chunks: int, *arrays: Array) -> tuple[Array, ...]:
+    """[B, L, ...] as [chunks, B, L / chunks, ...], filled up with zeros; each row, and so each device, has a part."""
+    batch_size, length = arrays[0].shape[:2]
+    chunk = -(-length // num_chunks)
+    missing = -length % chunk
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
+        return x.reshape(batch_size, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(map(cut, arrays))
+
+
+def _logits(x_BLD: Array, table_VD: Array, soft_cap: float | None) -> Array:
+    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+    logits_BLV = sharding.constrain(logits_BLV, "batch", "length", "vocab_logits")
+    return logits_BLV if soft_cap is None else soft_cap * jnp.tanh(logits_BLV / soft_cap)
+
+
+def _sums_of(logits_BLV: Array, labels_BL: Array, weights_BL: Array, z_weight: float) -> VocabularySums:
+    cross_entropy, correct = cross_entropy_sums(logits_BLV, labels_BL, weights_BL)
+    z = jnp.sum(jax.nn.logsumexp(logits_BLV, axis=-1) ** 2 * weights_BL)
+    return VocabularySums(cross_entropy + z_weight * z, cross_entropy, z, correct)
+
+
+def _gradient(logits_BLV: Array, labels_BL: Array, weights_BL: Array, z_weight: float, soft_cap: float | None) -> Array:
+    """Of the loss, to the logits before the cap."""
+    log_total_BL1 = jax.nn.logsumexp(logits_BLV, axis=-1, keepdims=True)
+    probs_BLV = jnp.exp(logits_BLV - log_total_BL1)
+    is_label_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2) == labels_BL[..., None]
+    grad_BLV = probs_BLV * (1.0 + 2.0 * z_weight * log_total_BL1) - is_label_BLV
+    if soft_cap is not None:
+        grad_BLV *= 1.0 - (logits_BLV / soft_cap) ** 2
+    return grad_BLV * weights_BL[..., None]
+
+
+def _zero() -> VocabularySums:
+    return VocabularySums(*(jnp.zeros(()) for _ in VocabularySums._fields))
+
+
+def _add(a: VocabularySums, b: VocabularySums) -> VocabularySums:
+    return VocabularySums(*map(jnp.add, a, b))

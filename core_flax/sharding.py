@@ -30,6 +30,7 @@ PLACEMENT: Mapping[str, tuple[str, ...]] = {
     "layer": (),
     "embed": ("fsdp",),
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "head_width": (),
     "mlp": ("tensor",),
     "vocab": ("tensor", "fsdp"),

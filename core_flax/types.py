@@ -8,6 +8,7 @@ L     length of the queries (positions of the sequence)
 M     memory length: positions that are attended to
 D     model width
 H     attention heads
+G     heads of keys and values, where H / G heads of queries share each
 K     width of one head
 F     feed-forward width
 V     vocabulary entries
