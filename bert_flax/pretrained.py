@@ -15,6 +15,7 @@ import numpy as np
 from bert_flax import runs
 from bert_flax.config import BertConfig
 from bert_flax.finetune import runs as finetuned
+from bert_flax.finetune.model import architecture
 from bert_flax.huggingface import Pretrained, Report, TaskHead, load_pretrained, save_pretrained
 from bert_flax.huggingface_names import HEADS
 from core_flax import config as configs
@@ -45,12 +46,12 @@ def import_hf(folder: str, output: str) -> None:
 
 
 def export_hf(workdir: str, output: str, step: int | None = None) -> None:
-    """Write a pretraining run's model, or an imported one, as a folder that transformers loads; print what it holds.
+    """Write a model of ours, from whichever folder, as one that transformers loads; print what it holds.
 
     Args:
       workdir: anything that load_init accepts.
       output: folder that does not exist, or is empty.
-      step: of the checkpoint; None: the newest.
+      step: of the checkpoint; None: the newest, of fine-tuning the best.
     """
     home = _new_folder(output)
     pretrained = load_init(workdir, step)
@@ -136,10 +137,8 @@ def _load_finetuned(path: str, step: int | None) -> Pretrained:
     params, step = run.params(step)
     arrays = _arrays(params)
     spec, layer = run.task.spec, arrays.pop("head")
-    architecture = {"span": "QuestionAnswering", "tagging": "TokenClassification", "choice": "MultipleChoice"}
-    name = f"BertFor{architecture.get(spec.kind, 'SequenceClassification')}"
     labels = spec.labels if spec.kind in ("classification", "tagging") else None
-    head = TaskHead(name, layer["kernel"], layer["bias"], labels)
+    head = TaskHead(architecture(spec), layer["kernel"], layer["bias"], labels)
     return Pretrained(run.config.model, arrays, run.vocabulary, _report(arrays, step), head)
 
 

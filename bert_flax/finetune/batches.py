@@ -46,10 +46,10 @@ class PackedUnits:
         """The units of a training step, drawn without replacement within each epoch, packed into rows."""
         numbers = self._drawn(step, batch_size, seed)
         packing = pack(self._sizes[numbers], self.row_length, self._slots)
-        num_rows = fitting(packing.num_rows, self._row_counts(batch_size, seed))
+        num_rows = fitting(packing.num_rows, self.row_counts(batch_size, seed))
         return self._batch(numbers, packing.row, packing.start, packing.slot, num_rows)
 
-    def _row_counts(self, batch_size: int, seed: int) -> tuple[int, ...]:
+    def row_counts(self, batch_size: int, seed: int) -> tuple[int, ...]:
         """Numbers of rows that batches may have: enough for most, for nearly all, and for any. A shape for each."""
         if (batch_size, seed) not in self._counts:
             steps = range(min(SAMPLED_STEPS, -(-self.units.num_units // batch_size)))
@@ -67,8 +67,13 @@ class PackedUnits:
         return order.shuffled(place, self.units.num_units, seed, epoch)
 
     def in_order(self, num_rows: int) -> Iterator[Batch]:
-        """Every unit once, in batches of ``num_rows`` rows, whatever fits best side by side."""
+        """Every unit once, whatever fits best side by side, in as few batches as have ``num_rows`` rows or less.
+
+        All have the same number of rows: not more than it takes to hold the units.
+        """
         packing = pack(self._sizes, self.row_length, self._slots)
+        num_batches = -(-packing.num_rows // num_rows)
+        num_rows = -(-packing.num_rows // (num_batches * self.row_multiple)) * self.row_multiple
         for begin in range(0, packing.num_rows, num_rows):
             inside = np.flatnonzero((packing.row >= begin) & (packing.row < begin + num_rows))
             yield self._batch(
@@ -81,9 +86,10 @@ class PackedUnits:
 
     def share_of_padding(self, batch_size: int, seed: int, num_batches: int = 50) -> float:
         """Share of the tokens of the first training batches that are padding."""
-        num_rows = sum(len(self.make_batch(step, batch_size, seed)["tokens"]) for step in range(num_batches))
-        real = sum(self._sizes[self._drawn(step, batch_size, seed)].sum() for step in range(num_batches))
-        return 1 - float(real) / (num_rows * self.row_length)
+        drawn = [self._sizes[self._drawn(step, batch_size, seed)] for step in range(num_batches)]
+        rows = [pack(sizes, self.row_length, self._slots).num_rows for sizes in drawn]
+        shown = sum(fitting(count, self.row_counts(batch_size, seed)) for count in rows) * self.row_length
+        return 1 - float(sum(sizes.sum() for sizes in drawn)) / shown
 
     def _batch(
         self, numbers: np.ndarray, rows: np.ndarray, starts: np.ndarray, slots: np.ndarray, num_rows: int

@@ -1,15 +1,20 @@
 """The commands about fine-tuning: ``finetune``, ``predict``, ``score``, and weights from and to Hugging Face."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from core_flax import cli
 from core_flax.memory import keep_freed_memory
 from core_flax.types import UserError
+
+if TYPE_CHECKING:  # commands that need no jax start without it
+    from bert_flax.finetune.command import FinetuneCommand
+    from bert_flax.finetune.tasks import TaskSpec
 
 PROG = "bert-flax"
 
@@ -41,7 +46,9 @@ def finetune(argv: Sequence[str]) -> None:
             f"Tasks: {', '.join(names)}; glue is all tasks of GLUE that --data holds, custom a table of your own.\n\n"
             f"Defaults below are those of {spec.name}."
         )
-        return cli.parse(FinetuneCommand, rest, f"{PROG} finetune {name}", default, doc)
+        command = cli.parse(FinetuneCommand, rest, f"{PROG} finetune {name}", default, doc)
+        _check_given(rest, command)
+        return command
 
     if name == "glue":
         _finetune_glue(parse)
@@ -49,25 +56,38 @@ def finetune(argv: Sequence[str]) -> None:
         start(name, parse(TASKS[name] if name in TASKS else custom_task("text=text,label=label")))
 
 
-def _finetune_glue(parse) -> None:  # noqa: ANN001
+def _check_given(argv: Sequence[str], command: "FinetuneCommand") -> None:
+    """Raises UserError if a setting was given that another one decides."""
+    from bert_flax.finetune.config import DECIDED_BY
+
+    given = {argument.partition("=")[0].replace("_", "-") for argument in argv}
+    for path, name in DECIDED_BY.items():
+        option, other = (f"--{each.replace('_', '-')}" for each in (path, name))
+        if option in given and (value := getattr(command, name)) is not None:
+            raise UserError(f"{option} follows from {other} {value:g}: leave one of them out, {other} with None")
+
+
+def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     """Every task of GLUE whose training and dev files are there, one after another, and one table of all."""
-    from bert_flax.finetune.command import RESULTS, finetune, table_of_all
+    from bert_flax.finetune.command import finetune, finish_all
     from bert_flax.finetune.files import glue_tasks
+    from bert_flax.finetune.readers import TFDS
     from bert_flax.finetune.tasks import GLUE, TASKS
 
     command = parse(TASKS["mrpc"])
-    there = glue_tasks(Path(command.data))
-    complete = [name for name in GLUE if {"train", "dev"} <= set(there.get(name, ()))]
-    for name in GLUE:
-        if name not in complete:
-            missing = sorted({"train", "dev"} - set(there.get(name, ())))
-            print(f"{name}: left out, {command.data} lacks its {' and '.join(missing)} split")
+    wanted = {"train", "dev"}
+    there = dict.fromkeys(GLUE, tuple(wanted)) if command.data.startswith(TFDS) else glue_tasks(Path(command.data))
+    missing = {name: sorted(wanted - set(there.get(name, ()))) for name in GLUE}
+    complete = [name for name in GLUE if not missing[name]]
     if not complete:
         raise UserError(f"--data {command.data} holds no task of GLUE with its train and dev files")
+    for name, splits in missing.items():
+        if splits:
+            print(f"{name}: left out, {command.data} lacks its {' and '.join(splits)} split")
     for name in complete:
         one = parse(TASKS[name])
         finetune(name, dataclasses.replace(one, workdir=str(Path(one.workdir) / name)))
-    print(table_of_all([Path(command.workdir) / name / RESULTS for name in complete]))
+    finish_all(Path(command.workdir), complete)
 
 
 def predict(argv: Sequence[str]) -> None:

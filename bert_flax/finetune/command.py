@@ -4,21 +4,23 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from bert_flax.finetune.config import FinetuneSettings
-from bert_flax.finetune.data import TaskData, load_data
+from bert_flax.finetune.data import load_data
+from bert_flax.finetune.model import architecture, num_outputs
 from bert_flax.finetune.readers import find_labels
-from bert_flax.finetune.runs import Result, TaskChoice, best_run, run
+from bert_flax.finetune.runs import Origin, Result, TaskChoice, best_run, run
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
-from core_flax.params import leaves
 from core_flax.types import UserError
 
 RESULTS = "results.json"
@@ -71,25 +73,27 @@ def finetune(name: str, command: FinetuneCommand) -> None:
     """
     if (command.init is None) == (command.init_from_task is None):
         raise UserError("give either --init FOLDER, a pretrained model, or --init-from-task WORKDIR, a fine-tuned one")
-    if (name == "custom") != bool(command.columns):
+    if (name == "custom") != bool(command.columns) or (command.regression and name != "custom"):
         raise UserError(
-            "--columns and the task custom go together: bert-flax finetune custom --columns text=...,label=..."
+            "--columns and --regression go with the task custom: bert-flax finetune custom --columns text=...,label=..."
         )
     labels = find_labels(command.columns, command.data) if name == "custom" and not command.regression else ()
     task = TaskChoice(name, command.columns, labels, command.regression)
-    pretrained, origin = _pretrained(task.spec, command)
+    pretrained, init = _pretrained(task.spec, command)
     data = load_data(task.spec, command.data, pretrained.vocabulary, command.inputs)
     for line in (*pretrained.report.lines(), *data.remarks):
         print(line)
+    start = partial(
+        run, task=task, pretrained=pretrained, data=data, origin=Origin.of(command.data, data, init, pretrained)
+    )
     home = Path(command.workdir)
     settings, sweep = command.settings, {}
     if command.sweep:
-        settings, sweep = _sweep(home / "sweep", task, settings, pretrained, data, (command.data, origin))
+        settings, sweep = _sweep(home / "sweep", task.spec, settings, start)
     results = []
     for seed in range(command.seed, command.seed + command.seeds):
         print(f"{name}, seed {seed}", flush=True)
-        one = dataclasses.replace(settings, seed=seed)
-        results.append(run(home / f"seed-{seed}", task, one, pretrained, data, (command.data, origin)))
+        results.append(start(home / f"seed-{seed}", settings=dataclasses.replace(settings, seed=seed)))
     summary = summarize(task.spec, results, sweep)
     (home / RESULTS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(table(summary))
@@ -102,9 +106,9 @@ def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, s
             raise UserError("--keep-head goes with --init; with --init-from-task the encoder alone is taken")
         best = best_run(command.init_from_task)
         params, step = best.params()
-        encoder = {"encoder": {name: part for name, part in params.items() if name == "encoder"}["encoder"]}
+        encoder = jax.tree.map(np.asarray, {"encoder": params["encoder"]})
         report = Report((f"{best.workdir}, step {step}",), ("head of the task",))
-        return Pretrained(best.config.model, _numpy(encoder), best.vocabulary, report), command.init_from_task
+        return Pretrained(best.config.model, encoder, best.vocabulary, report), command.init_from_task
     assert command.init is not None
     found = load_init(command.init)
     if command.keep_head:
@@ -113,60 +117,70 @@ def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, s
 
 
 def _head(spec: TaskSpec, found: Pretrained, init: str) -> Mapping[str, np.ndarray]:
-    outputs = {"span": 2, "choice": 1, "regression": 1}.get(spec.kind, len(spec.labels))
-    if found.head is None:
+    """The head of a model, its outputs in the order of the task's labels."""
+    head, wanted = found.head, architecture(spec)
+    if head is None:
         raise UserError(f"--keep-head: {init} has no head of a task")
-    if found.head.kernel.shape[1] != outputs:
-        raise UserError(f"--keep-head: {init} has {found.head.kernel.shape[1]} outputs, {spec.name} needs {outputs}")
-    return {"kernel": found.head.kernel, "bias": found.head.bias}
+    if head.architecture != wanted or len(head.bias) != num_outputs(spec):
+        raise UserError(
+            f"--keep-head: {init} has the head of a {head.architecture} with {len(head.bias)} outputs; task "
+            f"{spec.name} needs that of a {wanted} with {num_outputs(spec)}"
+        )
+    places = _places(spec, head.labels, init)
+    return {"kernel": head.kernel[:, places], "bias": head.bias[places]}
 
 
-def _numpy(params: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, array in leaves(params):
-        *folders, name = path.split("/")
-        inner = nested
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[name] = np.asarray(array)
-    return nested
+def _places(spec: TaskSpec, labels: Sequence[str] | None, init: str) -> list[int]:
+    """Which output of a head with these labels stands for each label of the task."""
+    as_they_are = list(range(num_outputs(spec)))
+    if labels is None or spec.kind not in ("classification", "tagging"):
+        return as_they_are
+    theirs, ours = ([label.lower() for label in side] for side in (labels, spec.labels))
+    if sorted(theirs) == sorted(ours):
+        return [theirs.index(label) for label in ours]
+    if all(label.isdecimal() for label in ours) or theirs == [f"label_{place}" for place in as_they_are]:
+        return as_they_are  # numbers on one of the two sides: the names of the other do not count
+    raise UserError(
+        f"--keep-head: {init} has the labels {', '.join(labels)}; task {spec.name} has {', '.join(spec.labels)}"
+    )
 
 
 def _sweep(
-    folder: Path,
-    task: TaskChoice,
-    settings: FinetuneSettings,
-    pretrained: Pretrained,
-    data: TaskData,
-    origin: tuple[str, str],
+    folder: Path, spec: TaskSpec, settings: FinetuneSettings, start: Callable[..., Result]
 ) -> tuple[FinetuneSettings, dict[str, float]]:
     """The settings with the best recipe, and the primary figure of each."""
     figures, recipes = {}, {}
     grid = list(itertools.product(SWEEP_BATCH_SIZES, SWEEP_LEARNING_RATES, SWEEP_EPOCHS))
     for number, (batch_size, rate, epochs) in enumerate(grid, 1):
         name = f"batch{batch_size}_lr{rate:g}_epochs{epochs}"
-        print(f"{task.name}, recipe {number} of {len(grid)}: {name}", flush=True)
+        print(f"{spec.name}, recipe {number} of {len(grid)}: {name}", flush=True)
         recipes[name] = dataclasses.replace(
             settings,
             epochs=epochs,
             train=dataclasses.replace(settings.train, batch_size=batch_size),
             optimizer=dataclasses.replace(settings.optimizer, learning_rate=rate),
         )
-        result = run(folder / name, task, recipes[name], pretrained, data, origin)
-        figures[name] = result.last[f"dev/{task.spec.primary}"]
+        result = start(folder / name, settings=recipes[name])
+        figures[name] = result.last[f"dev/{spec.primary}"]
     best = max(figures, key=lambda name: figures[name])
-    print(f"{task.name}: best recipe on the dev set is {best}: {task.spec.primary} {figures[best]:.2f}")
+    print(f"{spec.name}: best recipe on the dev set is {best}: {spec.primary} {figures[best]:.2f}")
     return recipes[best], figures
 
 
 def summarize(spec: TaskSpec, results: Sequence[Result], sweep: Mapping[str, float]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of every figure after the last epoch and of the best one."""
-    figures = {}
-    for name in results[0].last:
+    """Mean and standard deviation over seeds of every figure after the last epoch and at the best evaluation.
+
+    A figure that a seed lacks (F1 of a type of entity that it does not predict and the data does not have) is none of
+    that seed's.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for result in results for name in (*result.last, *result.best)):
         for moment in ("last", "best"):
-            values = [getattr(result, moment)[name] for result in results]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            figures.setdefault(name, {})[moment] = {"mean": statistics.fmean(values), "deviation": deviation}
+            values = [told[name] for result in results if name in (told := getattr(result, moment))]
+            figures.setdefault(name, {})[moment] = {
+                "mean": statistics.fmean(values) if values else None,
+                "deviation": statistics.stdev(values) if len(values) > 1 else None,
+            }
     return {
         "task": spec.name,
         "primary": f"dev/{spec.primary}",
@@ -191,16 +205,19 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "* by which the best epoch is chosen"])
 
 
-def table_of_all(paths: Sequence[Path]) -> str:
-    """One line for each task: its primary figure."""
-    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    lines = [f"{'task':<8} {'metric':<14} {'last epoch':>15}  {'best epoch':>15}"]
-    for summary in summaries:
+def finish_all(home: Path, names: Sequence[str]) -> None:
+    """Writes the results of several tasks into one file, and prints a line for each: its primary figure."""
+    summaries = {name: json.loads((home / name / RESULTS).read_text(encoding="utf-8")) for name in names}
+    (home / RESULTS).write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
+    print(f"{'task':<8} {'metric':<14} {'last epoch':>15}  {'best epoch':>15}  {'seconds':>7}")
+    for name, summary in summaries.items():
         moments = summary["figures"][summary["primary"]]
         cells = "  ".join(f"{_cell(**moments[moment]):>15}" for moment in ("last", "best"))
-        lines.append(f"{summary['task']:<8} {summary['primary'].removeprefix('dev/'):<14} {cells}")
-    return "\n".join(lines)
+        seconds = statistics.fmean(summary["seconds"])
+        print(f"{name:<8} {summary['primary'].removeprefix('dev/'):<14} {cells}  {seconds:>7.0f}")
 
 
-def _cell(mean: float, deviation: float | None) -> str:
+def _cell(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return "-"
     return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"

@@ -1,11 +1,12 @@
 """The settings of a fine-tuning run."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.model import BertConfig
-from core_flax.config import CheckpointConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig, check_range
+from core_flax.config import CheckpointConfig, OptimizerConfig, RunConfig, TrainConfig, check_range
 from core_flax.types import UserError
 
 
@@ -38,8 +39,9 @@ class FinetuneSettings(RunConfig):
     """Passes over the training examples, from which train.num-steps follows; None: train.num-steps as it is given."""
     warmup_share: float | None = 0.1
     """Share of the steps in which the learning rate rises, from which schedule.warmup-steps follows; None: as given."""
-    evaluations_per_epoch: int = 1
-    """Evaluations on the dev set in each epoch, at even distances; the last step is always evaluated."""
+    evaluations_per_epoch: int | None = 1
+    """Evaluations on the dev set in each epoch, from which train.eval-every-steps follows; None: as given. The last
+    step is always evaluated."""
     dropout: float | None = None
     """Share dropped from the output of every sublayer and before the head; None: as in pretraining."""
     attention_dropout: float | None = None
@@ -52,6 +54,10 @@ class FinetuneSettings(RunConfig):
         check_range("", self, "epochs", above=0)
         check_range("", self, "warmup_share", "dropout", "attention_dropout", least=0, below=1)
         check_range("", self, "evaluations_per_epoch", least=1)
+        if self.train.eval_batches:
+            raise UserError(
+                f"--train.eval-batches {self.train.eval_batches}: a task is measured on its whole dev set; 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,12 @@ class FinetuneConfig(FinetuneSettings):
     model: BertConfig = BertConfig()
 
 
-NUM_STEPS, WARMUP_STEPS = TrainConfig().num_steps, ScheduleConfig().warmup_steps
-"""Defaults, by which it is told that a user has set them."""
+DECIDED_BY = {
+    "train.num_steps": "epochs",
+    "schedule.warmup_steps": "warmup_share",
+    "train.eval_every_steps": "evaluations_per_epoch",
+}
+"""Settings of any run, and what decides each of them here unless it is None."""
 
 
 def settings_of(spec: TaskSpec) -> FinetuneSettings:
@@ -71,7 +81,7 @@ def settings_of(spec: TaskSpec) -> FinetuneSettings:
         epochs=spec.epochs,
         inputs=FinetuneInputs(max_length=spec.max_length),
         optimizer=OptimizerConfig(learning_rate=spec.learning_rate),
-        train=TrainConfig(batch_size=spec.batch_size, eval_every_steps=0),
+        train=TrainConfig(batch_size=spec.batch_size),
         checkpoint=CheckpointConfig(every_steps=0, keep_last=1),
     )
 
@@ -80,20 +90,17 @@ def resolve(settings: FinetuneSettings, model: BertConfig, num_units: int) -> Fi
     """The run's config: steps, warmup and evaluations from the number of training units, dropout into the model.
 
     Raises:
-      UserError: steps are given both ways, or sequences are longer than the model takes.
+      UserError: sequences are longer than the model takes.
     """
     train, schedule = settings.train, settings.schedule
     per_epoch = num_units / train.batch_size
     if settings.epochs is not None:
-        if train.num_steps != NUM_STEPS:
-            raise UserError(f"--train.num-steps {train.num_steps} and --epochs {settings.epochs:g}: add --epochs None")
         train = dataclasses.replace(train, num_steps=max(1, round(settings.epochs * per_epoch)))
     if settings.warmup_share is not None:
-        if schedule.warmup_steps != WARMUP_STEPS:
-            raise UserError(f"--schedule.warmup-steps {schedule.warmup_steps}: add --warmup-share None")
         schedule = dataclasses.replace(schedule, warmup_steps=round(settings.warmup_share * train.num_steps))
-    if not train.eval_every_steps:
-        train = dataclasses.replace(train, eval_every_steps=max(1, round(per_epoch / settings.evaluations_per_epoch)))
+    if settings.evaluations_per_epoch is not None:
+        # Rounded up, so that the last of them is not followed at once by that of the last step.
+        train = dataclasses.replace(train, eval_every_steps=math.ceil(per_epoch / settings.evaluations_per_epoch))
     if settings.inputs.max_length > model.max_length:
         raise UserError(
             f"--inputs.max-length {settings.inputs.max_length} exceeds the {model.max_length} positions of the model"

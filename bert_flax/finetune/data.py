@@ -2,12 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bert_flax.finetune.config import FinetuneInputs
 from bert_flax.finetune.examples import Dataset, summarize
-from bert_flax.finetune.inputs import Units, encode_choices, encode_questions, encode_tagged, encode_texts
-from bert_flax.finetune.readers import read
+from bert_flax.finetune.files import find_file
+from bert_flax.finetune.inputs import (
+    Units,
+    encode_choices,
+    encode_questions,
+    encode_tagged,
+    encode_texts,
+    longest_question,
+)
+from bert_flax.finetune.readers import TFDS, read
 from bert_flax.finetune.task import Labelled
 from bert_flax.finetune.tasks import TaskSpec
 from core_flax.text.wordpiece import WordPiece
@@ -48,12 +57,23 @@ def load_data(spec: TaskSpec, data: str, vocabulary: WordPiece, inputs: Finetune
     train = units_of("train")
     held_out = {"dev": units_of("dev")}
     for split in spec.labelled_splits:
-        if split not in ("train", "dev", "test"):
-            try:
-                held_out[split] = units_of(split)
-            except UserError as error:
-                remarks.append(f"{spec.name}: no {split} ({error})")
+        if split in ("train", "dev", "test"):
+            continue
+        if missing := _missing(spec, data, split):
+            remarks.append(f"{spec.name}: not measured on {split} ({missing})")
+        else:
+            held_out[split] = units_of(split)
     return TaskData(train.units, held_out, tuple(remarks))
+
+
+def _missing(spec: TaskSpec, data: str, split: str) -> str:
+    """Why a split is not there; "" if it is."""
+    try:
+        if not data.startswith(TFDS):
+            find_file(spec, Path(data), split)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def encode(
@@ -81,6 +101,8 @@ def remarks_on(where: str, dataset: Dataset[Any], units: Units, inputs: Finetune
     if dataset.warnings:
         lines.append(f"{where}: {len(dataset.warnings):,} odd: {summarize(dataset.warnings)}")
     if units.num_cut:
-        what = "questions over 64 tokens" if units.windows else f"texts over --inputs.max-length {inputs.max_length}"
+        what = f"texts over --inputs.max-length {inputs.max_length}"
+        if units.windows:
+            what = f"questions over {longest_question(inputs.max_length)} tokens"
         lines.append(f"{where}: {units.num_cut:,} {what} were cut")
     return lines

@@ -4,6 +4,7 @@ What the model is shown of one example is a *unit*: one sequence, or for a choic
 context or sentence makes several units of one example, its windows.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ class Units:
       example: of each unit, the number of its example.
       labels: of each unit: a class, a score, the (first, last) token of an answer, or a tag for each token; empty if
         the data has none.
-      num_cut: sequences that did not fit and lost tokens.
+      num_cut: texts, pairs, questions or words that did not fit and lost tokens.
       windows: of each unit, for spans: what it shows of its example's context.
       contexts: of each example, for spans.
       words: of each unit, for tagging: (word of the sentence, its first token) of each word that it labels.
@@ -55,6 +56,16 @@ class Units:
     def lengths(self) -> np.ndarray:
         """int [S]: tokens of each sequence."""
         return np.array([len(tokens) for tokens in self.tokens], np.int64)
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of the tokens and labels, by which other data under the same name are told."""
+        digest = hashlib.sha256()
+        for ids, num_first in zip(self.tokens, self.num_first, strict=True):
+            digest.update(np.array([num_first, len(ids), *ids], np.int32).tobytes())
+        for label in self.labels:
+            digest.update(np.asarray(label, np.float64).tobytes())
+        return digest.hexdigest()
 
     def add(self, vocabulary: WordPiece, first: Sequence[int], second: Sequence[int] | None = None) -> None:
         """Appends a sequence of one or two segments."""
@@ -107,7 +118,7 @@ def encode_questions(
       stride: tokens between the starts of two windows.
       labelled: whether answers are wanted as labels: the first of each question.
     """
-    units = Units()
+    units, longest = Units(), longest_question(max_length)
     encoded: dict[str, tuple[Context, list[int]]] = {}
     for number, example in enumerate(examples):
         if example.context not in encoded:
@@ -115,8 +126,8 @@ def encode_questions(
             encoded[example.context] = Context(example.context, starts, ends), ids.tolist()
         context, context_ids = encoded[example.context]
         (question,) = vocabulary.encode([example.question])
-        units.num_cut += len(question) > MAX_QUESTION_TOKENS
-        question = question[: min(MAX_QUESTION_TOKENS, max_length // 2)]
+        units.num_cut += len(question) > longest
+        question = question[:longest]
         units.contexts.append(context)
         answer = example.answers[0] if example.answers and not example.is_impossible else None
         for window in windows(len(context_ids), max_length - len(question) - 3, stride):
@@ -128,6 +139,11 @@ def encode_questions(
                 offset = len(question) + 2
                 units.labels.append((found[0] + offset, found[1] + offset) if found else (0, 0))
     return units
+
+
+def longest_question(max_length: int) -> int:
+    """Tokens of a question that are shown: half of a sequence at most is not context."""
+    return min(MAX_QUESTION_TOKENS, max_length // 2)
 
 
 def encode_tagged(
@@ -148,8 +164,11 @@ def encode_tagged(
       labels: the tags, in the order of their classes.
       document_context: whether to fill the sequence with unlabelled words of the same document, before and after.
     """
-    units, classes = Units(), {label: number for number, label in enumerate(labels)}
-    pieces = [_word_pieces(example.words, vocabulary, max_length) for example in examples]
+    classes = {label: number for number, label in enumerate(labels)}
+    whole = [vocabulary.encode(example.words) for example in examples]
+    units = Units(num_cut=sum(len(word) > max_length - 2 for sentence in whole for word in sentence))
+    # Nothing is left of some words, a control character for one.
+    pieces = [[ids[: max_length - 2] or [vocabulary.unk_id] for ids in sentence] for sentence in whole]
     for number, example in enumerate(examples):
         for begin, stop in _portions([len(word) for word in pieces[number]], max_length - 2):
             before, after = [], []
@@ -166,11 +185,6 @@ def encode_tagged(
                 tags[starts] = [classes[tag] for tag in example.tags[begin:stop]]
                 units.labels.append(tags)
     return units
-
-
-def _word_pieces(words: Sequence[str], vocabulary: WordPiece, max_length: int) -> list[list[int]]:
-    """Pieces of each word, [UNK] where nothing is left of it (a control character, say)."""
-    return [ids[: max_length - 2] or [vocabulary.unk_id] for ids in vocabulary.encode(words)]
 
 
 def _portions(sizes: Sequence[int], room: int) -> list[tuple[int, int]]:

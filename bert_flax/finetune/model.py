@@ -6,6 +6,7 @@ Sequences lie several to a row; see ``batches.PackedUnits`` for the arrays.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.model import BertConfig, BertEncoder
 from core_flax.layers import Dropout, Linear
 from core_flax.types import Array, Batch
@@ -60,6 +61,17 @@ class BertForTokens(nn.Module):
         """Returns float32 [R, L, num_outputs]."""
         x_RLD = _encode(self.encoder, batch, row_B, deterministic)
         return self.head(self.dropout(x_RLD, row_B=row_B, deterministic=deterministic)).astype(jnp.float32)
+
+
+def num_outputs(spec: TaskSpec) -> int:
+    """Scores of a sequence (of each choice), or of a token."""
+    return {"span": 2, "choice": 1, "regression": 1}.get(spec.kind, len(spec.labels))
+
+
+def architecture(spec: TaskSpec) -> str:
+    """What Hugging Face calls a model with the task's head."""
+    names = {"span": "QuestionAnswering", "tagging": "TokenClassification", "choice": "MultipleChoice"}
+    return f"BertFor{names.get(spec.kind, 'SequenceClassification')}"
 
 
 def _encode(encoder: BertEncoder, batch: Batch, row_B: Array | None, deterministic: bool) -> Array:

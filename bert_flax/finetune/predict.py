@@ -12,7 +12,7 @@ from bert_flax.finetune.data import encode, remarks_on
 from bert_flax.finetune.examples import Dataset, QuestionExample, TaggedExample, TextExample
 from bert_flax.finetune.predictions import Predictions, Told, predict
 from bert_flax.finetune.readers import read_file
-from bert_flax.finetune.runs import FinetuneRun, Result, best_run
+from bert_flax.finetune.runs import FinetuneRun, best_run, figures_by_step
 from bert_flax.finetune.task import Labelled, make_evaluator, make_model
 from bert_flax.finetune.tasks import SUBMISSION_HEADER, TaskSpec
 from core_flax.config import MeshConfig
@@ -20,6 +20,8 @@ from core_flax.evaluate import make_collect
 from core_flax.hardware import compute_dtype
 from core_flax.sharding import make_mesh, replicated, ways_of_batch
 from core_flax.types import UserError
+
+NULL_THRESHOLD = "dev/null_threshold"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,14 @@ class PredictCommand:
             raise UserError("--text-pair goes with --text")
         if self.data is None and (self.null_odds or self.n_best):
             raise UserError("--null-odds and --n-best go with --data FILE")
+        for option, text in (("--text", self.text), ("--text-pair", self.text_pair)):
+            if text is not None and not text.strip():
+                raise UserError(f"{option} is empty")
+            if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{option} is not UTF-8")
+        written = [Path(path).resolve() for path in (self.output, self.null_odds, self.n_best, self.data) if path]
+        if len(set(written)) < len(written):
+            raise UserError("--data, --output, --null-odds and --n-best must be different files")
 
 
 def run(command: PredictCommand) -> None:
@@ -72,11 +82,11 @@ def run(command: PredictCommand) -> None:
     assert command.data is not None and command.output is not None
     dataset = read_file(spec, command.data, labelled=False)
     predictions = predict_examples(found, dataset, command.step, command.data)
-    write(spec, dataset.examples, predictions, Path(command.output))
+    write(spec, dataset.examples, predictions, _with_folder(command.output))
     if command.null_odds:
-        spans.write_json(Path(command.null_odds), spans.null_odds(predictions.answers))
+        spans.write_json(_with_folder(command.null_odds), spans.null_odds(predictions.answers))
     if command.n_best:
-        spans.write_json(Path(command.n_best), spans.n_best_lists(predictions.answers, spec.unanswerable))
+        spans.write_json(_with_folder(command.n_best), spans.n_best_lists(predictions.answers, spec.unanswerable))
     print(f"{command.output}: {len(dataset.examples):,} predictions of {found.workdir}")
 
 
@@ -100,13 +110,28 @@ def predict_examples(
     mesh = make_mesh(MeshConfig())
     model = make_model(spec, config.model, compute_dtype(config.train.compute_dtype))
     evaluator = make_evaluator(config, spec, model, Labelled(dataset.examples, units), ways_of_batch(mesh))
-    params, _ = found.params(step, replicated(mesh))
+    params, step = found.params(step, replicated(mesh))
+    threshold = _null_threshold(found, step) if spec.unanswerable else None
     told: Told = make_collect(evaluator, mesh)(params)
-    result = Result.load(found.workdir)
-    threshold = result.best.get("dev/null_threshold") if result else None
-    if spec.unanswerable and threshold is None:
-        raise UserError(f"{found.workdir} is not complete: without figures on the dev set there is no threshold")
     return predict(spec, dataset.examples, units, told, config.inputs, threshold)
+
+
+def _null_threshold(found: FinetuneRun, step: int) -> float:
+    """The threshold that was best on the dev set at a step."""
+    by_step = figures_by_step(found.workdir)
+    known = [each for each, figures in by_step.items() if NULL_THRESHOLD in figures]
+    if step not in known:
+        raise UserError(
+            f"{found.workdir}: step {step} was not measured on the dev set, so there is no threshold of null odds; "
+            f"these were: {', '.join(map(str, known)) or 'none'}"
+        )
+    return by_step[step][NULL_THRESHOLD]
+
+
+def _with_folder(path: str) -> Path:
+    """The path of a file to write, in a folder that is there."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
 
 
 def _example(spec: TaskSpec, text: str, pair: str | None) -> TextExample | QuestionExample | TaggedExample:
@@ -154,7 +179,6 @@ def write(spec: TaskSpec, examples: Sequence[Any], found: Predictions, path: Pat
             shown = found.values if spec.kind == "regression" else [spec.labels[value] for value in found.values]
             rows = [SUBMISSION_HEADER, *((example.id, shown[place]) for place, example in enumerate(examples))]
             text = "\n".join("\t".join(map(str, row)) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
 
 

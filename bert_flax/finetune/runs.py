@@ -1,6 +1,7 @@
 """One fine-tuning run and its folder: what it was started with, its checkpoints, what came of it."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from bert_flax.finetune.batches import PackedUnits
 from bert_flax.finetune.config import FinetuneConfig, FinetuneSettings, resolve
 from bert_flax.finetune.data import TaskData
 from bert_flax.finetune.task import make_task
@@ -19,8 +21,10 @@ from core_flax import config as configs
 from core_flax.checkpoint import best_step, load_params
 from core_flax.lock import only_writer
 from core_flax.loop import train
+from core_flax.params import leaves
 from core_flax.program import make_program
 from core_flax.sharding import make_mesh, ways_of_batch
+from core_flax.snapshot import fingerprints
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
 
@@ -41,6 +45,28 @@ class TaskChoice:
     def spec(self) -> TaskSpec:
         """The task itself."""
         return TASKS[self.name] if self.name in TASKS else custom_task(self.columns, self.labels, self.regression)
+
+    def __str__(self) -> str:
+        if self.name in TASKS:
+            return self.name
+        return f"{self.name} ({self.columns}; {'a number' if self.regression else ', '.join(self.labels)})"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's data and model are from, as the user wrote it, and fingerprints of what was found there."""
+
+    data: str
+    data_content: str
+    init: str
+    init_content: str
+
+    @classmethod
+    def of(cls, data: str, found: TaskData, init: str, pretrained: Pretrained) -> "Origin":
+        """With the fingerprints of these."""
+        arrays = fingerprints(dict(leaves(pretrained.params)))
+        init_content = hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
+        return cls(data, found.train.content, init, init_content)
 
 
 @dataclass(frozen=True)
@@ -68,7 +94,12 @@ class Result:
     def load(cls, folder: Path) -> "Result | None":
         """The result in a run's folder; None if it has none yet."""
         path = folder / RESULT
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged; delete it, and run the same bert-flax finetune again") from error
 
     def save(self, folder: Path) -> None:
         """Writes it, complete or not at all."""
@@ -79,31 +110,28 @@ class Result:
 
 @dataclass(frozen=True)
 class FinetuneRun:
-    """What the folder of a run says of it.
-
-    Attributes:
-      data: where its data came from, as the user wrote it.
-      init: the model that it began with, likewise.
-    """
+    """What the folder of a run says of it."""
 
     workdir: Path
     config: FinetuneConfig
     task: TaskChoice
     vocabulary: WordPiece
-    data: str
-    init: str
+    origin: Origin
 
     @classmethod
     def load(cls, folder: Path) -> "FinetuneRun":
         """Raises UserError if the folder holds no fine-tuning run."""
         path = folder / CONFIG
-        stored = configs.load(path, KIND, task=dict, tokenizer=str, lowercase=bool, data=str, init=str)
+        stored = configs.load(path, KIND, task=dict, tokenizer=str, lowercase=bool, origin=dict)
         vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
         if vocabulary.fingerprint != stored["tokenizer"]:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
-        task = TaskChoice(**stored["task"] | {"labels": tuple(stored["task"]["labels"])})
         config = configs.load_config(path, FinetuneConfig, stored)
-        return cls(folder, config, task, vocabulary, stored["data"], stored["init"])
+        try:
+            task = TaskChoice(**stored["task"] | {"labels": tuple(stored["task"]["labels"])})
+            return cls(folder, config, task, vocabulary, Origin(**stored["origin"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: task or origin is damaged; restore it or start in a new workdir") from error
 
     def save(self) -> None:
         """Writes vocabulary and settings; config.json last, since it makes the folder a run."""
@@ -116,8 +144,7 @@ class FinetuneRun:
             KIND,
             self.config,
             task=dataclasses.asdict(self.task),
-            data=self.data,
-            init=self.init,
+            origin=dataclasses.asdict(self.origin),
             tokenizer=self.vocabulary.fingerprint,
             lowercase=self.vocabulary.lowercase,
         )
@@ -134,7 +161,7 @@ def run(
     settings: FinetuneSettings,
     pretrained: Pretrained,
     data: TaskData,
-    origin: tuple[str, str],
+    origin: Origin,
 ) -> Result:
     """Trains in the folder, goes on with what is there, or just returns its result if it is complete.
 
@@ -150,7 +177,7 @@ def run(
       UserError: the settings do not fit each other, the devices, or the run that the folder holds.
     """
     config = resolve(settings, pretrained.config, data.train.num_units)
-    new = FinetuneRun(folder, config, task, pretrained.vocabulary, *origin)
+    new = FinetuneRun(folder, config, task, pretrained.vocabulary, origin)
     with only_writer(folder / "run.lock", f"another run is writing to {folder}; stop it or give another --workdir"):
         if (folder / CONFIG).exists():
             _check_resumable(FinetuneRun.load(folder), new)
@@ -161,6 +188,7 @@ def run(
         learned = make_task(config, task.spec, data.train, data.held_out, pretrained.params, row_multiple)
         program = make_program(learned, config)
         new.save()
+        print(_shapes(PackedUnits(data.train, config.inputs.max_length, row_multiple), config), flush=True)
         resumed, began = (folder / "checkpoints").exists(), time.perf_counter()
         train(learned, config, program, folder)
         result = _result(new, time.perf_counter() - began, resumed)
@@ -168,11 +196,24 @@ def run(
         return result
 
 
+def _shapes(packed: PackedUnits, config: FinetuneConfig) -> str:
+    """A line on how training units lie in rows."""
+    batch_size, num_batches = config.train.batch_size, min(config.train.num_steps, 50)
+    rows = " or ".join(map(str, packed.row_counts(batch_size, config.seed)))
+    padding = packed.share_of_padding(batch_size, config.seed, num_batches)
+    return f"batches of {batch_size} in {rows} rows of {packed.row_length} tokens, {padding:.1%} of them padding"
+
+
 def _check_resumable(old: FinetuneRun, new: FinetuneRun) -> None:
     changed = configs.differences(old.config, new.config)
-    for name in ("task", "data", "init"):
-        if getattr(old, name) != getattr(new, name):
-            changed.append(f"{name}: {getattr(old, name)} -> {getattr(new, name)}")
+    if old.task != new.task:
+        changed.append(f"task: {old.task} -> {new.task}")
+    for name in ("data", "init"):
+        if getattr(old.origin, f"{name}_content") != getattr(new.origin, f"{name}_content"):
+            paths = [str(Path(getattr(run.origin, name)).absolute()) for run in (old, new)]
+            changed.append(
+                f"{name}: {' -> '.join(paths)}" if paths[0] != paths[1] else f"{name}: {paths[0]} has changed"
+            )
     if old.vocabulary.fingerprint != new.vocabulary.fingerprint:
         changed.append("vocabulary")
     if changed:
@@ -183,17 +224,22 @@ def _check_resumable(old: FinetuneRun, new: FinetuneRun) -> None:
 
 
 def _result(run: FinetuneRun, seconds: float, resumed: bool) -> Result:
-    """From the figures that the loop wrote down."""
-    spec, by_step = run.task.spec, {}
-    for line in (run.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        figures = {key: value for key, value in record.items() if "/" in key}
-        by_step.setdefault(record["step"], {}).update(figures)
-    by_step = {step: figures for step, figures in by_step.items() if figures}
-    primary = f"dev/{spec.primary}"
-    best = max(by_step, key=lambda step: (by_step[step].get(primary, -math.inf), step))
-    last = run.config.train.num_steps
+    """From the figures that the loop wrote down; the best are those of the checkpoint that was kept as the best."""
+    by_step, last = figures_by_step(run.workdir), run.config.train.num_steps
+    best = best_step(run.workdir / "checkpoints")
+    assert best is not None, "the last step is always evaluated and saved"
     return Result(run.task.name, run.config.seed, by_step[last], by_step[best], best, last, round(seconds, 1), resumed)
+
+
+def figures_by_step(folder: Path) -> dict[int, dict[str, float]]:
+    """What each evaluation of a run found, as ``dev/f1``, by its step."""
+    path = folder / "metrics.jsonl"
+    by_step: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        record = json.loads(line) if line.endswith("\n") else {}  # a kill cut the last line short
+        if figures := {key: value for key, value in record.items() if "/" in key}:
+            by_step.setdefault(record["step"], {}).update(figures)
+    return by_step
 
 
 def best_run(workdir: str) -> FinetuneRun:
@@ -208,7 +254,9 @@ def best_run(workdir: str) -> FinetuneRun:
     found = [(folder, Result.load(folder)) for folder in sorted(home.glob("seed-*"))]
     complete = [(folder, result) for folder, result in found if result is not None]
     if not complete:
-        raise UserError(f"{home} holds no complete run of kind {KIND}; give the --workdir of bert-flax finetune")
+        tasks = sorted({path.parts[-3] for path in home.glob(f"*/seed-*/{RESULT}")})
+        which = f"one of its folders {', '.join(tasks)}" if tasks else "the --workdir of bert-flax finetune"
+        raise UserError(f"{home} holds no complete run of kind {KIND}; give {which}")
 
     def figure(pair: tuple[Path, Result]) -> float:
         spec = FinetuneRun.load(pair[0]).task.spec

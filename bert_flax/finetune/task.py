@@ -11,7 +11,7 @@ import numpy as np
 from bert_flax.finetune.batches import PackedUnits
 from bert_flax.finetune.config import FinetuneConfig
 from bert_flax.finetune.inputs import Units
-from bert_flax.finetune.model import BertForSequences, BertForTokens
+from bert_flax.finetune.model import BertForSequences, BertForTokens, num_outputs
 from bert_flax.finetune.predictions import predict, score
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.model import BertConfig, flops_per_example
@@ -90,9 +90,8 @@ def make_task(
 
 def make_model(spec: TaskSpec, config: BertConfig, dtype: Any = jnp.float32) -> BertForSequences | BertForTokens:
     """The encoder with the task's head."""
-    if spec.kind in ("span", "tagging"):
-        return BertForTokens(config, 2 if spec.kind == "span" else len(spec.labels), dtype)
-    return BertForSequences(config, len(spec.labels) if spec.kind == "classification" else 1, dtype)
+    scored = BertForTokens if spec.kind in ("span", "tagging") else BertForSequences
+    return scored(config, num_outputs(spec), dtype)
 
 
 def make_evaluator(
