@@ -18,6 +18,7 @@ The model is pure: caches go in and come out, so all of it can be jitted, with t
 ``lax.while_loop``.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -56,7 +57,8 @@ class KeyValueCache:
         """With the keys and values that a layer has for the next L tokens; padding that finds no slot is dropped."""
         batch_size, length = k_BLGK.shape[:2]
         at = jnp.arange(batch_size)[:, None], layer, slice(None), self.positions(length)
-        return self.replace(
+        return dataclasses.replace(
+            self,
             keys_BNGMK=self.keys_BNGMK.at[at].set(k_BLGK.astype(self.keys_BNGMK.dtype), mode="drop"),
             values_BNGMK=self.values_BNGMK.at[at].set(v_BLGK.astype(self.values_BNGMK.dtype), mode="drop"),
         )
@@ -70,7 +72,7 @@ class KeyValueCache:
 
     def advance(self, num_tokens_B: Array | int) -> "KeyValueCache":
         """With the tokens counted that every layer has written."""
-        return self.replace(num_tokens_B=self.num_tokens_B + num_tokens_B)
+        return dataclasses.replace(self, num_tokens_B=self.num_tokens_B + num_tokens_B)
 
 
 def init_cache(

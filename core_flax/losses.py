@@ -1,7 +1,7 @@
 """Losses as sums over examples: whoever knows the whole batch divides, once."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +70,9 @@ def vocabulary_sums(
       soft_cap: logits are soft_cap * tanh(logits / soft_cap) (Gemma Team 2024, arXiv 2408.00118, section 2); None: as
         they are.
     """
-    loss, *others = _sums(x_BLD, table_VD, labels_BL, weights_BL, num_chunks, z_weight, soft_cap)
-    return VocabularySums(loss, *map(jax.lax.stop_gradient, others))
+    # Annotated, since checkers lose the type in custom_vjp.
+    sums: VocabularySums = cast(Any, _sums)(x_BLD, table_VD, labels_BL, weights_BL, num_chunks, z_weight, soft_cap)
+    return VocabularySums(sums.loss, *map(jax.lax.stop_gradient, sums[1:]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
