@@ -37,18 +37,19 @@ class FinetuneCommand(FinetuneSettings):
     data: str
     """Folder with the task's official files (for GLUE also the folder of all its tasks), or tfds:NAME."""
     init: str | None = None
-    """Model to begin with: a pretraining run, a folder of Hugging Face's, or what import-hf made."""
+    """Model to begin with: a pretraining run, a folder of Hugging Face's, or what import-hf made. Needed, unless
+    --init-from-task is given."""
     init_from_task: str | None = None
     """Folder of fine-tuning runs whose best encoder to begin with, instead of --init (as MNLI's for RTE)."""
     keep_head: bool = False
     """Begin with the head that --init has, too, instead of a new one."""
     seeds: int = 1
-    """Runs that differ in their seed only: --seed, --seed + 1, ..."""
+    """How many runs, which differ in their seed alone: --seed, --seed + 1, ..."""
     sweep: bool = False
     """Try the paper's grid first (batch 16, 32; learning rate 5e-5, 3e-5, 2e-5; 2, 3, 4 epochs) with --seed, and give
     the seeds the recipe that is best on the dev set."""
     columns: str = ""
-    """Task custom: which column holds what, as in text=sentence,label=class; also text_pair= and id=."""
+    """Task custom: which column of train and dev holds what, as in text=sentence,label=class; also text_pair= and id=."""
     regression: bool = False
     """Task custom: the label is a number to predict."""
 

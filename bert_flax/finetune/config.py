@@ -17,13 +17,13 @@ class FinetuneInputs:
     max_length: int = 128
     """Tokens of a sequence, [CLS] and [SEP] included; of longer texts the end is cut, which is reported."""
     stride: int = 128
-    """Answers: tokens between the starts of two windows over a long context."""
+    """squad, squad2: tokens between the starts of two windows over a context that is too long."""
     max_answer_tokens: int = 30
-    """Answers: tokens of the longest one."""
+    """squad, squad2: tokens of the longest answer."""
     n_best: int = 20
-    """Answers: candidates kept for each question."""
+    """squad, squad2: candidates kept for each question."""
     document_context: bool = False
-    """Tags: fill the sequence with words of the same document before and after the sentence."""
+    """ner: fill the sequence with words of the same document before and after the sentence."""
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""

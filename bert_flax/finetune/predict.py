@@ -39,9 +39,9 @@ class PredictCommand:
     n_best: str | None = None
     """SQuAD: file to write with the candidates of each question."""
     text: str | None = None
-    """One text (for answers: the question) instead of a file; the prediction is printed."""
+    """One text instead of a file (squad: the question; ner: words with spaces between); the prediction is printed."""
     text_pair: str | None = None
-    """Its second text (for answers: the context)."""
+    """Its second text (squad: the context)."""
     step: int | None = None
     """Step of the checkpoint; None: the best on the dev set."""
 
