@@ -49,7 +49,7 @@ class FinetuneCommand(FinetuneSettings):
     """Try the paper's grid first (batch 16, 32; learning rate 5e-5, 3e-5, 2e-5; 2, 3, 4 epochs) with --seed, and give
     the seeds the recipe that is best on the dev set."""
     columns: str = ""
-    """Task custom: which column of train and dev holds what, as in text=sentence,label=class; also text_pair= and id=."""
+    """Task custom: which column of its tables is what, as in text=sentence,label=class; also text_pair= and id=."""
     regression: bool = False
     """Task custom: the label is a number to predict."""
 
