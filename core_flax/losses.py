@@ -88,8 +88,9 @@ def _sums(
     table_VD = table_VD.astype(x_BLD.dtype)
 
     def add(sums: VocabularySums, chunk: tuple[Array, Array, Array]) -> tuple[VocabularySums, None]:
-        x, labels, weights = chunk
-        return _add(sums, _sums_of(_logits(x, table_VD, soft_cap), labels, weights, z_weight)), None
+        x_TD, labels_T, weights_T = chunk
+        logits_TV = _logits(x_TD, table_VD, soft_cap)
+        return _add(sums, _sums_of(logits_TV, _softmax(logits_TV), labels_T, weights_T, z_weight)), None
 
     return jax.lax.scan(add, _zero(), _chunks(num_chunks, x_BLD, labels_BL, weights_BL))[0]
 
@@ -104,21 +105,22 @@ def _sums_forward(
     soft_cap: float | None,
 ) -> tuple[VocabularySums, tuple[Array, Array]]:
     """The sums, and the gradients of the loss: they are linear in its cotangent, so they need not wait for it."""
-    table = table_VD.astype(x_BLD.dtype)
+    (batch_size, length, width), table = x_BLD.shape, table_VD.astype(x_BLD.dtype)
 
     def add(carry: tuple[VocabularySums, Array], chunk: tuple[Array, Array, Array]):
         sums, grad_VD = carry
-        x, labels, weights = chunk
-        logits = _logits(x, table, soft_cap)
-        sums = _add(sums, _sums_of(logits, labels, weights, z_weight))
-        grad_BLV = _gradient(logits, labels, weights, z_weight, soft_cap).astype(x.dtype)
-        grad_BLD = jnp.einsum("BLV,VD->BLD", grad_BLV, table)
-        grad_VD += jnp.einsum("BLV,BLD->VD", grad_BLV, x, preferred_element_type=jnp.float32)
-        return (sums, grad_VD), grad_BLD
+        x_TD, labels_T, weights_T = chunk
+        logits_TV = _logits(x_TD, table, soft_cap)
+        softmax = _softmax(logits_TV)
+        sums = _add(sums, _sums_of(logits_TV, softmax, labels_T, weights_T, z_weight))
+        grad_TV = _gradient(logits_TV, softmax, labels_T, weights_T, z_weight, soft_cap).astype(x_TD.dtype)
+        grad_VD += jnp.einsum("TV,TD->VD", grad_TV, x_TD, preferred_element_type=jnp.float32)
+        return (sums, grad_VD), grad_TV @ table
 
     start = _zero(), jnp.zeros(table_VD.shape, jnp.float32)
     (sums, grad_VD), grads = jax.lax.scan(add, start, _chunks(num_chunks, x_BLD, labels_BL, weights_BL))
-    grad_BLD = grads.swapaxes(0, 1).reshape(x_BLD.shape[0], -1, x_BLD.shape[2])[:, : x_BLD.shape[1]]
+    grads = grads.reshape(len(grads), batch_size, -1, width).swapaxes(0, 1)
+    grad_BLD = grads.reshape(batch_size, -1, width)[:, :length]
     return sums, (grad_BLD, grad_VD.astype(table_VD.dtype))
 
 
@@ -133,39 +135,60 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _chunks(num_chunks: int, *arrays: Array) -> tuple[Array, ...]:
-    """[B, L, ...] as [chunks, B, L / chunks, ...], filled up with zeros; each row, and so each device, has a part."""
+    """[B, L, ...] as [chunks, T, ...], T being L / chunks positions of each row, so that each device has a part of it.
+
+    Rows are filled up with zeros. A matrix of positions, since products over two dims cost XLA a transposition.
+    """
     batch_size, length = arrays[0].shape[:2]
     chunk = -(-length // num_chunks)
     missing = -length % chunk
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
-        return x.reshape(batch_size, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(batch_size, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(len(x), batch_size * chunk, *x.shape[3:])
 
     return tuple(map(cut, arrays))
 
 
-def _logits(x_BLD: Array, table_VD: Array, soft_cap: float | None) -> Array:
-    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
-    logits_BLV = sharding.constrain(logits_BLV, "batch", "length", "vocab_logits")
-    return logits_BLV if soft_cap is None else soft_cap * jnp.tanh(logits_BLV / soft_cap)
+def _logits(x_TD: Array, table_VD: Array, soft_cap: float | None) -> Array:
+    logits_TV = jnp.einsum("TD,VD->TV", x_TD, table_VD, preferred_element_type=jnp.float32)
+    logits_TV = sharding.constrain(logits_TV, "batch", "vocab_logits")
+    return logits_TV if soft_cap is None else soft_cap * jnp.tanh(logits_TV / soft_cap)
 
 
-def _sums_of(logits_BLV: Array, labels_BL: Array, weights_BL: Array, z_weight: float) -> VocabularySums:
-    cross_entropy, correct = cross_entropy_sums(logits_BLV, labels_BL, weights_BL)
-    z = jnp.sum(jax.nn.logsumexp(logits_BLV, axis=-1) ** 2 * weights_BL)
-    return VocabularySums(cross_entropy + z_weight * z, cross_entropy, z, correct)
+class _Softmax(NamedTuple):
+    """Before the division: exponentials are the dearest part, and sums and gradient share them."""
+
+    exp_TV: Array
+    total_T: Array
+    log_total_T: Array
+    """Of the exponentials of the logits as they are."""
 
 
-def _gradient(logits_BLV: Array, labels_BL: Array, weights_BL: Array, z_weight: float, soft_cap: float | None) -> Array:
+def _softmax(logits_TV: Array) -> _Softmax:
+    highest_T = jnp.max(logits_TV, axis=-1)
+    exp_TV = jnp.exp(logits_TV - highest_T[:, None])
+    total_T = jnp.sum(exp_TV, axis=-1)
+    return _Softmax(exp_TV, total_T, highest_T + jnp.log(total_T))
+
+
+def _sums_of(logits_TV: Array, softmax: _Softmax, labels_T: Array, weights_T: Array, z_weight: float) -> VocabularySums:
+    label_logits_T = jnp.take_along_axis(logits_TV, labels_T[:, None], axis=-1)[:, 0]
+    cross_entropy = jnp.sum((softmax.log_total_T - label_logits_T) * weights_T)
+    z = jnp.sum(softmax.log_total_T**2 * weights_T)
+    correct_T = jnp.sum(logits_TV >= label_logits_T[:, None], axis=-1) == 1
+    return VocabularySums(cross_entropy + z_weight * z, cross_entropy, z, jnp.sum(correct_T * weights_T))
+
+
+def _gradient(
+    logits_TV: Array, softmax: _Softmax, labels_T: Array, weights_T: Array, z_weight: float, soft_cap: float | None
+) -> Array:
     """Of the loss, to the logits before the cap."""
-    log_total_BL1 = jax.nn.logsumexp(logits_BLV, axis=-1, keepdims=True)
-    probs_BLV = jnp.exp(logits_BLV - log_total_BL1)
-    is_label_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2) == labels_BL[..., None]
-    grad_BLV = probs_BLV * (1.0 + 2.0 * z_weight * log_total_BL1) - is_label_BLV
-    if soft_cap is not None:
-        grad_BLV *= 1.0 - (logits_BLV / soft_cap) ** 2
-    return grad_BLV * weights_BL[..., None]
+    scale_T = weights_T * (1.0 + 2.0 * z_weight * softmax.log_total_T) / softmax.total_T
+    is_label_TV = jax.lax.broadcasted_iota(jnp.int32, logits_TV.shape, 1) == labels_T[:, None]
+    grad_TV = softmax.exp_TV * scale_T[:, None] - jnp.where(is_label_TV, weights_T[:, None], 0.0)
+    return grad_TV if soft_cap is None else grad_TV * (1.0 - (logits_TV / soft_cap) ** 2)
 
 
 def _zero() -> VocabularySums:

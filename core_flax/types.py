@@ -6,6 +6,7 @@ Shape letters, used as suffixes of array names (``x_BLD`` is a [B, L, D] array):
 B     batch: examples (sequences, or pairs of them)
 L     length of the queries (positions of the sequence)
 M     memory length: positions that are attended to
+T     positions of all rows, one after another
 D     model width
 H     attention heads
 G     heads of keys and values, where H / G heads of queries share each

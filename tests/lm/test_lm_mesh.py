@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CONFIGS, model_of, random_params, tokens
+from tiny_models import CONFIGS, model_of, random_params, tokens
 
 from core_flax import sharding
 from core_flax.config import MeshConfig

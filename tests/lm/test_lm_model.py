@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CONFIGS, V, model_of, random_params, tokens
+from tiny_models import CONFIGS, V, model_of, random_params, tokens
 
 from core_flax.cache import take_rows
 from core_flax.losses import vocabulary_sums

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from models import CONFIGS, random_params
 from safetensors.numpy import load_file, save_file
+from tiny_models import CONFIGS, random_params
 
 from core_flax.types import UserError
 from lm_flax.huggingface import load_pretrained, save_pretrained
