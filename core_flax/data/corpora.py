@@ -83,6 +83,16 @@ def read_parts(
             raise UserError(f"{name} holds no text; leave it out or give another file")
 
 
+def read_lines(name: str, progress: Progress = _ignore) -> Iterator[tuple[int, str]]:
+    """Lines of a plain text file, gzipped (``.gz``) or not, without their ends, with their numbers from 1.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, no whole gzip file, or has a line longer than memory should hold.
+    """
+    for number, line in _lines(name, progress, _JSON_LINE_BYTES, cut=False):
+        yield number, line.rstrip("\r\n")
+
+
 def stored_bytes(inputs: Sequence[str]) -> int | None:
     """Size of all inputs as stored, in bytes, or None where it is not known. Raises UserError if one is missing."""
     sizes = [_size(name) for name in inputs]
