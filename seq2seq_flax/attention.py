@@ -1,0 +1,76 @@
+"""Attention to a source, whose keys and values can be computed beforehand, and the masks of encoder-decoders."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from core_flax import sharding
+from core_flax.attention import dot_product_attention, packing_mask
+from core_flax.layers import Dropout, Linear, Weights, linear
+from core_flax.types import Array
+
+
+def causal_mask(sequences_BL: Array) -> Array:
+    """[B, 1, L, L]: True where a token may look at one of its own sequence, no later than itself."""
+    length = sequences_BL.shape[1]
+    return packing_mask(sequences_BL) & (jnp.arange(length)[:, None] >= jnp.arange(length))
+
+
+def cross_mask(sequences_BL: Array, memory_BM: Array) -> Array:
+    """[B, 1, L, M]: True where a token and a token of the memory are of sequences with the same number."""
+    return sequences_BL[:, None, :, None] == memory_BM[:, None, None, :]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with biases to a memory, whose keys and values may be computed beforehand.
+
+    Otherwise core's MultiHeadAttention (Vaswani et al. 2017, section 3.2.2), with the same parameters.
+
+    Attributes:
+      width: D, of queries, memory and result.
+      num_heads: H; must divide the width.
+      dropout_rate: share of attention probabilities that is dropped in training.
+      kernel_init: initialiser of the four projections.
+      dtype: type of the computation; parameters are float32.
+    """
+
+    width: int
+    num_heads: int
+    dropout_rate: float
+    kernel_init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the projections."""
+        heads = (self.num_heads, self.width // self.num_heads)
+        self.query, self.key, self.value = (Weights(heads, self.kernel_init, self.dtype) for _ in range(3))
+        self.out = Linear((self.width,), self.kernel_init, self.dtype, num_inputs=2)
+        self.dropout = Dropout(self.dropout_rate)
+
+    def keys_values(self, memory_BMD: Array) -> tuple[Array, Array]:
+        """Keys and values [B, M, H, K] of a memory."""
+        k_BMHK, v_BMHK = self._project(memory_BMD, self.key, self.value)
+        return k_BMHK, v_BMHK
+
+    def __call__(
+        self,
+        x_BLD: Array,
+        keys_values: tuple[Array, Array],
+        mask_BHLM: Array,
+        *,
+        row_B: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Returns [B, L, D]. ``row_B`` and ``deterministic`` are those of ``layers.Dropout``."""
+        (q_BLHK,) = self._project(x_BLD, self.query)
+
+        def dropout(probs_BHLM: Array) -> Array:
+            return self.dropout(probs_BHLM, row_B=row_B, deterministic=deterministic)
+
+        return self.out(dot_product_attention(q_BLHK, *keys_values, mask_BHLM, dropout))
+
+    def _project(self, x_BLD: Array, *projections: Weights) -> tuple[Array, ...]:
+        """x mapped by each of the projections: one product, as narrow matrices leave cores idle."""
+        weights = [projection(x_BLD.shape[-1:]) for projection in projections]
+        kernel, bias = (jnp.stack(parts, axis=-3) for parts in zip(*weights, strict=True))
+        y = sharding.constrain(linear(x_BLD, kernel, bias), "batch", "length", "small", "heads", "head_width")
+        return tuple(y[:, :, part] for part in range(len(projections)))
