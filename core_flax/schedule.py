@@ -79,7 +79,7 @@ def _decay_steps(config: ScheduleConfig, total: int) -> int:
     room = total - config.warmup_steps
     if not 1 <= decay <= room:
         raise UserError(
-            f"schedule.decay_steps {decay} does not fit: {room} of {total} steps are left after the warmup; "
+            f"--schedule.decay-steps {decay} does not fit: {room} of {total} steps are left after the warmup; "
             f"give 1 to {room}"
         )
     return decay
@@ -88,18 +88,18 @@ def _decay_steps(config: ScheduleConfig, total: int) -> int:
 def _total_steps(config: ScheduleConfig, num_steps: int) -> int:
     """Steps the shape is laid out over, checked against the warmup and the length of the run."""
     total = config.total_steps if config.total_steps is not None else num_steps
-    field = "schedule.total_steps" if config.total_steps is not None else "train.num_steps"
+    field = "--schedule.total-steps" if config.total_steps is not None else "--train.num-steps"
     decays = config.name in ("linear", "cosine", "wsd")
     longest = total - 1 if decays else total
     if config.warmup_steps > longest:
         raise UserError(
-            f"schedule.warmup_steps {config.warmup_steps} leaves no step for the {config.name} schedule: {field} is "
-            f"{total}; give at most {longest}"
+            f"--schedule.warmup-steps {config.warmup_steps} leaves no step for the {config.name} schedule: {field} is "
+            f"{total}; set --schedule.warmup-steps to at most {longest}"
         )
     if total < num_steps and config.final_fraction == 0:
         raise UserError(
-            f"schedule.total_steps {total} ends before train.num_steps {num_steps} with a learning rate of 0; raise it "
-            "or set schedule.final_fraction"
+            f"--schedule.total-steps {total} ends before --train.num-steps {num_steps} with a learning rate of 0; "
+            "raise it or set --schedule.final-fraction"
         )
     return total
 
@@ -107,13 +107,15 @@ def _total_steps(config: ScheduleConfig, num_steps: int) -> int:
 def _refuse_unused(config: ScheduleConfig) -> None:
     """Raise UserError on a shape that does not exist and on a setting that the shape would ignore."""
     if config.name not in NAMES:
-        raise UserError(f"unknown schedule.name {config.name!r}; choose one of {', '.join(NAMES)}")
+        raise UserError(f"unknown --schedule.name {config.name!r}; choose one of {', '.join(NAMES)}")
     if config.decay_steps is not None and config.name != "wsd":
-        raise UserError(f"schedule.decay_steps is for wsd; leave it out with schedule.name {config.name}")
+        raise UserError(f"--schedule.decay-steps is for wsd; leave it out with --schedule.name {config.name}")
     if config.name in ("constant", "inverse_sqrt"):
         if config.final_fraction:
-            raise UserError(f"schedule.final_fraction has no effect with schedule.name {config.name}; leave it out")
+            raise UserError(f"--schedule.final-fraction has no effect with --schedule.name {config.name}; leave it out")
         if config.total_steps is not None:
-            raise UserError(f"schedule.total_steps has no effect with schedule.name {config.name}; leave it out")
+            raise UserError(f"--schedule.total-steps has no effect with --schedule.name {config.name}; leave it out")
     if config.name == "inverse_sqrt" and config.warmup_steps < 1:
-        raise UserError("schedule.name inverse_sqrt takes its time scale from the warmup; set schedule.warmup_steps")
+        raise UserError(
+            "--schedule.name inverse_sqrt takes its time scale from the warmup; set --schedule.warmup-steps"
+        )

@@ -85,17 +85,21 @@ def test_neighbouring_steps_stay_apart_in_a_long_run():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (ScheduleConfig(name="nope"), "schedule.name 'nope'; choose one of linear"),  # type: ignore[arg-type]
-        (ScheduleConfig(warmup_steps=100), "schedule.warmup_steps 100 leaves no step .* at most 99"),
+        (ScheduleConfig(name="nope"), "--schedule.name 'nope'; choose one of linear"),  # type: ignore[arg-type]
+        (
+            ScheduleConfig(warmup_steps=100),
+            "--schedule.warmup-steps 100 .* --train.num-steps is 100; set --schedule.warmup-steps to at most 99",
+        ),
         (ScheduleConfig(name="constant", warmup_steps=101), "at most 100"),
-        (ScheduleConfig(decay_steps=10), "decay_steps is for wsd"),
+        (ScheduleConfig(warmup_steps=160, total_steps=150), "--schedule.total-steps is 150; .* at most 149"),
+        (ScheduleConfig(decay_steps=10), "--schedule.decay-steps is for wsd"),
         (ScheduleConfig(name="wsd", decay_steps=101), "give 1 to 100"),
         (ScheduleConfig(name="wsd", warmup_steps=50, decay_steps=51), "give 1 to 50"),
-        (ScheduleConfig(name="wsd", warmup_steps=95), "decay_steps 10 does not fit"),
-        (ScheduleConfig(name="constant", final_fraction=0.1), "final_fraction has no effect"),
-        (ScheduleConfig(name="inverse_sqrt", warmup_steps=5, total_steps=200), "total_steps has no effect"),
-        (ScheduleConfig(name="inverse_sqrt"), "set schedule.warmup_steps"),
-        (ScheduleConfig(total_steps=50), "ends before train.num_steps 100"),
+        (ScheduleConfig(name="wsd", warmup_steps=95), "--schedule.decay-steps 10 does not fit"),
+        (ScheduleConfig(name="constant", final_fraction=0.1), "--schedule.final-fraction has no effect"),
+        (ScheduleConfig(name="inverse_sqrt", warmup_steps=5, total_steps=200), "--schedule.total-steps has no effect"),
+        (ScheduleConfig(name="inverse_sqrt"), "set --schedule.warmup-steps"),
+        (ScheduleConfig(total_steps=50), "--schedule.total-steps 50 ends before --train.num-steps 100"),
     ],
 )
 def test_refused(config, words):
