@@ -66,6 +66,7 @@ class Recorder:
         self._mesh = program.mesh
         self._workdir = workdir
         self._start = start
+        self._saved = start  # the newest step that was found good and saved; 0: none was
         self._evaluators = {
             name: make_evaluate(_until_told(each, stop), program.mesh) for name, each in task.evaluators.items()
         }
@@ -155,11 +156,14 @@ class Recorder:
         bad = first_bad_parameter(self._abstract_params, self._squares(params))
         if bad:
             self._fail(f"step {step}: {bad} itself is")
+        self._saved = step
 
     def _fail(self, what: str) -> None:
-        raise NotFiniteError(
-            f"{what} not finite. Nothing of it was saved; checkpoints in {self._workdir / 'checkpoints'} are from "
-            "before. Lower optimizer.learning-rate or optimizer.clip-norm"
+        folder = self._workdir / "checkpoints"
+        good = f"the last good checkpoint in {folder} is of step {self._saved}" if self._saved else "no step before was"
+        raise NotFiniteError(  # a new workdir: this one's run goes on with its own settings only
+            f"{what} not finite. It was not saved; {good}. Start again in a new workdir with a lower "
+            "optimizer.learning-rate or optimizer.clip-norm"
         )
 
     def evaluate(self, step: int, params: Any) -> dict[str, float]:

@@ -110,9 +110,23 @@ def test_it_takes_one_line_and_a_status_of_its_own(tmp_path, capsys):
         cli.main("prog", {"go": ("", command)}, ["go"])
     assert stop.value.code == 70
     assert capsys.readouterr().err.splitlines() == [
-        f"prog: step 4: loss nan; the gradient of line/kernel is not finite. Nothing of it was saved; checkpoints in "
-        f"{tmp_path / 'checkpoints'} are from before. Lower optimizer.learning-rate or optimizer.clip-norm"
+        "prog: step 4: loss nan; the gradient of line/kernel is not finite. It was not saved; the last good "
+        f"checkpoint in {tmp_path / 'checkpoints'} is of step 2. Start again in a new workdir with a lower "
+        "optimizer.learning-rate or optimizer.clip-norm"
     ]
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "good"), [(1, "is of step 3"), (2, "is of step 2"), (0, "It was not saved; no step before was.")]
+)
+def test_it_names_the_last_good_checkpoint(tmp_path, every_steps, good):
+    """The same one when the run is resumed and ends there again."""
+    for _ in range(2):
+        with pytest.raises(NotFiniteError) as caught:
+            run(tmp_path, make_task(poison("y", np.nan)), checkpoint={"every_steps": every_steps})
+        assert good in str(caught.value)
+    steps = list_steps(tmp_path / "checkpoints")
+    assert steps == {0: [], 1: [1, 2, 3], 2: [2]}[every_steps]
 
 
 # When it saves
