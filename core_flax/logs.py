@@ -284,8 +284,9 @@ class Progress:
         else:
             done = f"{steps} step{'s' if steps > 1 else ''} in {_duration(self._clock() - self._began)}"
             lines = [f"{done}, {_count(self._tokens_done)} tokens"]
-            if self._first is not None and self._window[-1].seconds > self._first.seconds:
-                last = self._window[-1]
+            last = self._window[-1]
+            # After a single step, the one that compiles, there is no rate to tell.
+            if self._first is not None and last.step > self._first.step and last.seconds > self._first.seconds:
                 rate = (last.tokens - self._first.tokens) / (last.seconds - self._first.seconds)
                 lines[0] += f", {_count(rate)} tokens/s (compilation, evaluation and checkpoints apart)"
         if self._values:

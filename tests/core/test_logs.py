@@ -272,6 +272,17 @@ def test_summary(tmp_path):
     ]
 
 
+def test_the_summary_of_a_single_step_tells_no_rate():
+    """That step compiles; the loop starts the clock when it is done, and writes its figures a moment later."""
+    clock = Clock()
+    progress = make(clock, io.StringIO())
+    clock.now += 20.0
+    progress.start_clock(1)
+    clock.now += 0.01
+    progress.update(1, {"loss": 9.0})
+    assert progress.summary() == ["1 step in 20s, 512 tokens", "last: loss 9.000"]
+
+
 def test_summary_of_a_run_that_was_complete():
     progress = logs.Progress(100, 100, 1, 1, stream=io.StringIO(), clock=Clock())
     assert progress.summary() == ["nothing to train: step 100 of 100 was reached before"]
