@@ -1,4 +1,4 @@
-"""The training loop: every family's, one machine's or many's."""
+"""The training loop: every family's."""
 
 import contextlib
 import dataclasses

@@ -1,6 +1,7 @@
 """A tiny BERT learns eight fixed examples by heart."""
 
 import jax
+import pytest
 
 from bert_flax.config import BertConfig, InputsConfig, PretrainConfig
 from bert_flax.pretrain import make_task
@@ -13,7 +14,8 @@ from core_flax.text.wordpiece import WordPiece
 STEPS, B = 100, 8
 
 
-def test_eight_examples_are_learned_by_heart(data):
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_eight_examples_are_learned_by_heart(data, compute_dtype):
     vocabulary = WordPiece.load(data / "vocab.txt")
     sizes = {"num_layers": 2, "width": 32, "num_heads": 4, "mlp_width": 64, "max_length": 32}
     config = PretrainConfig(
@@ -21,7 +23,7 @@ def test_eight_examples_are_learned_by_heart(data):
         inputs=InputsConfig(length=32, max_predictions=5),
         optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=10),
-        train=TrainConfig(num_steps=STEPS, batch_size=B),
+        train=TrainConfig(num_steps=STEPS, batch_size=B, compute_dtype=compute_dtype),
         mesh=MeshConfig(data=1),
     )
     task = make_task(config, PassageStore(data, "train"), None, vocabulary)
@@ -34,5 +36,6 @@ def test_eight_examples_are_learned_by_heart(data):
             metrics.append({name: float(x) for name, x in jax.device_get(each).items() if x.ndim == 0})
     first, last = metrics[0], metrics[-1]
     assert first["mlm_loss"] > 4.5 and first["next_sentence_loss"] > 0.6  # as good as guessing
+    assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(state.params))
     assert last["mlm_loss"] < 0.01 and last["next_sentence_loss"] < 0.01
     assert last["mlm_accuracy"] == last["next_sentence_accuracy"] == 1
