@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,9 @@ PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIALS = (PAD, UNK, CLS, SEP, MASK)
 _MAX_WORD_CHARACTERS = 100
 """Longer words become [UNK], as in BERT's own tokenizer."""
+_LONG_RUN = re.compile(r"[^ \t\n\r]{1000}")
+"""Training takes time quadratic in a word's length, so it breaks such runs (Thai, base64).
+Other white space does not count: some of it is removed as control characters."""
 
 
 class WordPiece:
@@ -131,7 +135,8 @@ def train(texts: Sequence[str], vocab_size: int, lowercase: bool = True) -> Word
     The learner is that of the ``tokenizers`` package: merges of the most frequent pair, as for byte-pair encoding.
     Memory grows with the number of different words, so give it a sample of a large corpus. The special pieces come
     first, then the most frequent characters (at most a quarter of the vocabulary, and 1000) by code point, then these
-    with ``##``, then what was learned, the most frequent first.
+    with ``##``, then what was learned, the most frequent first. Runs without white space are learned from in pieces of
+    1000 characters: words of more than 100 are [UNK] anyway.
 
     Raises:
         UserError: ``vocab_size`` is too small to learn anything.
@@ -151,7 +156,7 @@ def train(texts: Sequence[str], vocab_size: int, lowercase: bool = True) -> Word
         limit_alphabet=len(characters),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_LONG_RUN.sub(r"\g<0> ", text) for text in texts), trainer)
     vocab = tokenizer.get_vocab()
     return WordPiece(sorted(vocab, key=vocab.__getitem__), lowercase)
 

@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+import time
 import unicodedata
 
 import numpy as np
@@ -189,6 +190,20 @@ def test_training_twice_gives_the_same_vocabulary():
         for _ in range(3)
     ]
     assert len(runs[0]) == 65 and len(set(runs)) == 1
+
+
+def test_training_breaks_long_runs():
+    """Unbroken, this takes many minutes; broken, a second. What stands beside the run is learned as ever."""
+    started = time.monotonic()
+    vocabulary = wordpiece.train([*TEXTS, "word" * 1_000_000], 150)
+    assert time.monotonic() - started < 60
+    assert {"low", "newer", "cafe", "word"} <= {piece.removeprefix("##") for piece in vocabulary.pieces}
+
+
+def test_words_that_can_be_encoded_are_learned_whole():
+    """A hundred letters, between spaces, are one word however many such words the text has."""
+    word = "abcdefghij" * 10
+    assert word in wordpiece.train([f"{word} " * 100], 200).pieces
 
 
 def test_too_small_a_vocabulary_is_refused():
