@@ -1,40 +1,41 @@
 """From text to the folder that pretraining reads: sentences, WordPiece ids, passages, shards and a manifest."""
 
 import dataclasses
-import math
 import multiprocessing
 import os
 import re
 import shutil
-import zlib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
+from bert_flax import vocabulary_sample
+from core_flax.config import check_range
 from core_flax.data import corpora, records
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
 from core_flax.lock import only_writer
+from core_flax.signals import Stopped
 from core_flax.text import wordpiece
 from core_flax.text.sentences import SentenceMode, split_sentences
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
 
 _BLOCK_CHARACTERS = 4 << 20
-_SAMPLE_CHARACTERS = 1 << 14
-_SAMPLE_WORDS = 1_000_000
-"""Different words that a vocabulary is trained on: each takes the trainer some 700 bytes."""
 _ENCODE_SENTENCES = 1024
 _LOCK = "prepare.lock"
 _OWN_FILES = re.compile(
     r"(train|valid)-\d{5}(-of-\d{5})?\.arrayrecord(\.partial)?|(train|valid)\.(index|unigram)\.(npy|partial)|"
     r"vocab\.txt|manifest\.json(\.partial)?|prepare\.lock"
 )
+_OWN_MARKS = re.compile(r"prepare\.lock|.*\.partial|(train|valid)\.index\.npy")
+"""Files are ours by these beside them: a vocab.txt alone is the user's."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ class PrepareConfig:
     overwrite: bool = False
     """Replace a complete folder."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        check_range("", self, "num_workers", least=1)
+        check_range("", self, "valid_fraction", least=0, most=0.5)
+        check_range("", self, "vocab_sample_mb", above=0)
+
+
+class Terminated(Stopped):
+    """SIGTERM came. Nothing was saved, and nothing is left behind."""
+
+    status = 128 + signal.SIGTERM
+
 
 def prepare(config: PrepareConfig) -> records.Manifest:
     """Prepare text for pretraining; the same input and settings give the same bytes, with any number of workers.
@@ -83,13 +96,14 @@ def prepare(config: PrepareConfig) -> records.Manifest:
 
     Raises:
         UserError: the input or the settings cannot be used, or the output folder holds something else.
+        Terminated: SIGTERM came. As after any error, what was written is removed.
     """
     vocabulary = _check(config)
     settings = _settings(config, vocabulary)
     directory = Path(config.output)
     if (directory / records.MANIFEST).exists():
         return _replace(config) if config.overwrite else _already_prepared(directory, settings)
-    with _own_folder(directory):
+    with _sigterm_raises(), _own_folder(config):
         try:
             if vocabulary is None:
                 vocabulary = _train_vocabulary(config)
@@ -103,6 +117,8 @@ def _replace(config: PrepareConfig) -> records.Manifest:
     """Prepare beside the complete folder and put the new one in its place: bad input loses nothing."""
     directory = Path(config.output)
     new, old = (directory.with_name(f"{directory.name}.{which}") for which in ("new", "old"))
+    for folder in filter(Path.exists, (directory, old)):
+        _refuse_others(config, folder)
     (new / records.MANIFEST).unlink(missing_ok=True)  # of a run that was interrupted before it could move it
     manifest = prepare(dataclasses.replace(config, output=str(new), overwrite=False))
     if old.exists():
@@ -117,12 +133,6 @@ def _check(config: PrepareConfig) -> WordPiece | None:
     """Refuse settings that cannot work, before anything is read at length. Returns the vocabulary if one is given."""
     if not config.input:
         raise UserError("nothing to prepare; give --input FILE [FILE ...]")
-    if not 0 <= config.valid_fraction <= 0.5:
-        raise UserError(f"--valid-fraction {config.valid_fraction} must lie between 0 and 0.5")
-    if config.num_workers is not None and config.num_workers < 1:
-        raise UserError(f"--num-workers {config.num_workers} must be at least 1")
-    if config.vocab_sample_mb <= 0:
-        raise UserError(f"--vocab-sample-mb {config.vocab_sample_mb} must be positive")
     special = config.document_start is not None or config.documents != "blank-line"
     if special and not any(map(corpora.is_plain_text, config.input)):
         raise UserError("--documents and --document-start apply to plain text, and no input is plain text")
@@ -169,22 +179,57 @@ def _already_prepared(directory: Path, settings: dict[str, Any]) -> records.Mani
 
 
 @contextmanager
-def _own_folder(directory: Path) -> Iterator[None]:
-    """Make the folder, for this process alone, empty of what an earlier run left. Refuses files of others."""
+def _sigterm_raises() -> Iterator[None]:
+    """Makes the first SIGTERM an exception, as Ctrl-C is one; a second one ends the process at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated("terminated; nothing is left of this run")
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _own_folder(config: PrepareConfig) -> Iterator[None]:
+    """Make the folder, for this process alone, empty of what an earlier run left; on an error, empty it again."""
+    directory = Path(config.output)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(path.name for path in directory.iterdir() if not _OWN_FILES.fullmatch(path.name))
-        if foreign:
-            raise UserError(f"{directory} holds other files ({foreign[0]}); give an empty or a new folder as --output")
+        _refuse_others(config, directory)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
     refusal = f"another prepare is writing to {directory}; wait for it or take another folder"
     with only_writer(directory / _LOCK, refusal):
-        (directory / records.MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
-        for path in directory.iterdir():
-            if path.name != _LOCK:
-                path.unlink()
-        yield
+        _clear(directory)
+        try:
+            yield
+        except BaseException:
+            _clear(directory)
+            raise
+
+
+def _refuse_others(config: PrepareConfig, directory: Path) -> None:
+    """Refuses a folder with files that are not ours, or that are to be read: ours will be removed."""
+    names = sorted(path.name for path in directory.iterdir())
+    marked = any(map(_OWN_MARKS.fullmatch, names))
+    foreign = [name for name in names if not (marked and _OWN_FILES.fullmatch(name))]
+    if foreign:
+        raise UserError(f"{directory} holds other files ({foreign[0]}); give an empty or a new folder as --output")
+    for name in filter(os.path.exists, [*config.input, config.vocab or ""]):
+        path = Path(name)
+        if directory.resolve() in (path.resolve().parent, path.parent.resolve()):
+            raise UserError(f"{name} is to be read, but lies in {directory}, which is emptied; give another --output")
+
+
+def _clear(directory: Path) -> None:
+    (directory / records.MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
+    for path in directory.iterdir():
+        if path.name != _LOCK:
+            path.unlink()
 
 
 def _read(config: PrepareConfig, title: str) -> Iterator[Part]:
@@ -196,49 +241,8 @@ def _read(config: PrepareConfig, title: str) -> Iterator[Part]:
 
 def _train_vocabulary(config: PrepareConfig) -> WordPiece:
     parts = _read(config, "1/2 drawing text for the vocabulary")
-    sample = _draw(_slices(parts), int(config.vocab_sample_mb * 1e6))
-    while len(sample) > 1 and _count_words(sample) > _SAMPLE_WORDS:
-        sample = sample[::2]
+    sample = vocabulary_sample.draw((part.text for part in parts), config.vocab_sample_mb * 1e6)
     return wordpiece.train(sample, config.vocab_size, config.lowercase)
-
-
-def _slices(parts: Iterable[Part]) -> Iterator[str]:
-    """Text in slices of some thousand characters, cut at white space: what is drawn for the vocabulary, or not."""
-    for part in parts:
-        start = 0
-        while start < len(part.text):
-            space = re.compile(r"\s").search(part.text, start + _SAMPLE_CHARACTERS)
-            end = space.end() if space else len(part.text)
-            yield part.text[start:end]
-            start = end
-
-
-def _draw(slices: Iterable[str], max_bytes: int) -> list[str]:
-    """Evenly spaced slices of at most ``max_bytes`` together, not knowing how many will come.
-
-    Keeps every slice until they are too many, then every second one of those kept and to come, and so on.
-    """
-    kept: list[tuple[str, int]] = []
-    size, stride = 0, 1
-    for number, text in enumerate(slices):
-        if number % stride:
-            continue
-        kept.append((text, len(text.encode())))
-        size += kept[-1][1]
-        while size > max_bytes and len(kept) > 1:
-            kept = kept[::2]
-            stride *= 2
-            size = sum(num_bytes for _, num_bytes in kept)
-    return [text for text, _ in kept]
-
-
-def _count_words(texts: Iterable[str]) -> int:
-    """About how many different words there are, by linear counting (Whang et al. 1990): exact to a few per cent."""
-    seen = np.zeros(1 << 23, bool)
-    for text in texts:
-        words = set(re.findall(r"\w+", text.lower()))
-        seen[[zlib.crc32(word.encode()) & (len(seen) - 1) for word in words]] = True
-    return round(-len(seen) * math.log(max(1, np.count_nonzero(~seen)) / len(seen)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,15 +292,19 @@ class _Encoder:
 
 
 def _blocks(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts in blocks of about four million characters; only longer documents are divided among blocks."""
+    """Parts in blocks of about four million characters; only longer documents are divided among blocks.
+
+    The last part of a document stays with the one before it: alone it may be one sentence, which the document is not.
+    """
     block: list[Part] = []
     size = 0
     for part in parts:
-        block.append(part)
-        size += len(part.text)
-        if size >= _BLOCK_CHARACTERS and (part.last or size >= 2 * _BLOCK_CHARACTERS):
+        ends = block and (block[-1].last or (size >= 2 * _BLOCK_CHARACTERS and not part.last))
+        if ends and size >= _BLOCK_CHARACTERS:
             yield block
             block, size = [], 0
+        block.append(part)
+        size += len(part.text)
     if block:
         yield block
 
@@ -359,17 +367,18 @@ def _write(config: PrepareConfig, vocabulary: WordPiece, held_out: _HeldOut) -> 
     blocks = _blocks(_read(config, "2/2 encoding"))
     num_workers = config.num_workers or _num_cores()
     encoded = ordered_map(encoder, blocks, num_processes=num_workers if num_workers > 1 else 0, ahead=num_workers + 2)
-    dropped, current, writer = 0, -1, None
+    written, current, last, writer = 0, -1, -1, None
     for block in encoded:
         for piece in block:
-            new = piece.document != current
-            if new and not piece.passages:
-                dropped += 1
+            last = piece.document
+            if not piece.passages:
                 continue
+            new = piece.document != current
             writer = held_out.next_writer() if new or writer is None else writer
             writer.write(piece.passages, new_document=new)
+            written += new
             current = piece.document
-    return dropped
+    return last + 1 - written
 
 
 def _num_cores() -> int:

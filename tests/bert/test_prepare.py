@@ -12,9 +12,8 @@ import time
 import numpy as np
 import pytest
 
-import bert_flax.prepare
+from bert_flax import vocabulary_sample
 from bert_flax.prepare import PrepareConfig, prepare
-from core_flax.data import records
 from core_flax.data.records import Manifest, PassageStore
 from core_flax.text.wordpiece import SPECIALS, WordPiece
 from core_flax.types import UserError
@@ -134,7 +133,7 @@ def test_documents_of_one_sentence(tmp_path, policy, documents, dropped):
     path.write_text(make_text(3) + "\n\nLonely river of stone.\n\n" + make_text(2, seed=1))
     with pytest.raises(UserError, match=r"text.txt:\d+: the document has one sentence only.*documents drop"):
         prepare(configure(tmp_path, path))
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
     manifest = prepare(configure(tmp_path, path, single_sentence_documents=policy, valid_fraction=0.0))
     assert (manifest.splits["train"].documents, manifest.dropped_documents) == (documents, dropped)
     sentences = stored_sentences(tmp_path / "out", "train")
@@ -159,6 +158,32 @@ def test_a_document_is_whole_when_its_sentences_are_counted(tmp_path, monkeypatc
     path.write_text(make_text(4) + f"\n\n{'river ' * 200}\n{'stone ' * 200}\n")
     manifest = prepare(configure(tmp_path, path, sentences="line", valid_fraction=0.0))
     assert manifest.splits["train"].documents == 5
+
+
+@pytest.mark.parametrize("policy", ["refuse", "drop"])
+@pytest.mark.parametrize("num_parts", range(3, 8))
+def test_the_last_part_of_a_long_document_is_not_one_by_itself(tmp_path, monkeypatch, policy, num_parts):
+    """A sentence of its own part after many full parts: among others, as the first part after a full block."""
+    monkeypatch.setattr("bert_flax.prepare._BLOCK_CHARACTERS", 2000)
+    monkeypatch.setattr("core_flax.data.corpora._PART_BYTES", 1000)
+    full = f"{'river ' * 99}.\n{'stone ' * 99}.\n"
+    path = tmp_path / "text.txt"
+    path.write_text(full * num_parts + "Lonely river.\n\n" + make_text(3))
+    config = configure(tmp_path, path, sentences="line", valid_fraction=0.0, single_sentence_documents=policy)
+    manifest = prepare(config)
+    assert (manifest.splits["train"].documents, manifest.dropped_documents) == (4, 0)
+    first = stored_sentences(tmp_path / "out", "train")[0]
+    assert len(first) == 2 * num_parts + 1
+    assert WordPiece.load(tmp_path / "out" / "vocab.txt").decode(first[-1]) == "lonely river ."
+
+
+def test_a_long_document_without_tokens_is_dropped_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("bert_flax.prepare._BLOCK_CHARACTERS", 2000)
+    monkeypatch.setattr("core_flax.data.corpora._PART_BYTES", 1000)
+    path = tmp_path / "text.txt"
+    path.write_text(make_text(3) + "\n\n" + ("\x07" * 99 + "\n") * 200 + "\n" + make_text(2))
+    manifest = prepare(configure(tmp_path, path, sentences="line", valid_fraction=0.0))
+    assert (manifest.splits["train"].documents, manifest.dropped_documents) == (5, 1)
 
 
 def test_a_given_vocabulary_is_used(tmp_path, text_file):
@@ -222,42 +247,6 @@ def test_a_damaged_folder_is_not_taken_for_done(tmp_path, text_file):
         prepare(config)
 
 
-def test_folders_of_others_are_left_alone(tmp_path, text_file):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
-            prepare(configure(tmp_path, text_file, overwrite=overwrite))
-    assert contents(folder) == {"thesis.tex": b"years of work"}
-    with pytest.raises(UserError, match="cannot write"):
-        prepare(configure(tmp_path, text_file, output=str(text_file)))
-
-
-def test_leftovers_of_an_interrupted_run_are_cleared(tmp_path, text_file):
-    expected = prepare(configure(tmp_path, text_file, output=str(tmp_path / "other")))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for name in ("train-00000.arrayrecord.partial", "train-00007-of-00008.arrayrecord", "train.index.partial"):
-        (folder / name).write_text("half")
-    for name in ("vocab.txt", "manifest.json.partial", "valid.unigram.npy", "prepare.lock"):
-        (folder / name).write_text("half")
-    assert prepare(configure(tmp_path, text_file)) == expected
-    assert contents(folder) == contents(tmp_path / "other")
-
-
-def test_two_at_once_are_refused(tmp_path, text_file):
-    (tmp_path / "out").mkdir()
-    lock = "import fcntl, sys\nlock = open(sys.argv[1], 'w')\nfcntl.flock(lock, fcntl.LOCK_EX)\nprint('locked')\n"
-    command = [sys.executable, "-u", "-c", lock + "input()", str(tmp_path / "out" / "prepare.lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        other.stdout.readline()
-        with pytest.raises(UserError, match="another prepare is writing"):
-            prepare(configure(tmp_path, text_file))
-        other.communicate("\n")
-    prepare(configure(tmp_path, text_file))
-
-
 RUN = """
 import signal, sys
 import bert_flax.prepare
@@ -312,60 +301,21 @@ def test_killed_and_run_again(tmp_path, large):
 
 
 @pytest.mark.parametrize("limit", [2000, 100_000])
-def test_a_full_disk_leaves_nothing_that_reads_as_complete(tmp_path, large, limit):
+def test_a_full_disk_leaves_nothing(tmp_path, large, limit):
     """No file may be larger than the limit: writing fails like on a full disk."""
     with run_script(tmp_path, *large, limit=limit) as process:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert "UserError: cannot write" in output
-    with pytest.raises(UserError, match="not complete"):
-        PassageStore(tmp_path / "out", "train")
-
-
-def test_few_documents(tmp_path):
-    for count, message in ((1, "is 1 document;.*--documents"), (3, "3 documents are too few.*--valid-fraction 0")):
-        path = tmp_path / f"{count}.txt"
-        path.write_text(make_text(count))
-        with pytest.raises(UserError, match=message):
-            prepare(configure(tmp_path, path))
-        assert not (tmp_path / "out" / "manifest.json").exists()
-    assert prepare(configure(tmp_path, path, valid_fraction=0.0)).splits["train"].documents == 3
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"input": ()}, "nothing to prepare"),
-        ({"input": ("absent.txt",)}, "absent.txt does not exist"),
-        ({"valid_fraction": 0.9}, "--valid-fraction 0.9 must lie between"),
-        ({"num_workers": 0}, "--num-workers 0"),
-        ({"vocab_sample_mb": 0.0}, "--vocab-sample-mb 0.0"),
-        ({"vocab": "absent"}, "cannot read the vocabulary absent"),
-        ({"documents": "file", "document_start": "="}, "--document-start takes the place of --documents"),
-        ({"input": ("python:docs",), "documents": "file"}, "apply to plain text"),
-        ({"vocab_size": 50}, "--vocab-size 50 is too small"),
-        ({"document_start": "("}, "not a regular expression"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(tmp_path, text_file, settings, message):
-    config = dataclasses.replace(configure(tmp_path, text_file), **settings)
-    with pytest.raises(UserError, match=message):
-        prepare(config)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_vocabulary_size_and_vocabulary_may_not_contradict(tmp_path, text_file):
-    WordPiece([*SPECIALS, *WORDS]).save(tmp_path / "vocab.txt")
-    with pytest.raises(UserError, match="--vocab-size 77 contradicts --vocab"):
-        prepare(configure(tmp_path, text_file, vocab=str(tmp_path / "vocab.txt"), vocab_size=77))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_sample_for_the_vocabulary_is_bounded_and_even():
     slices = [f"{number:6d}" for number in range(10_000)]
-    drawn = list(map(int, bert_flax.prepare._draw(slices, 6000)))
+    drawn = list(map(int, vocabulary_sample._thin(slices, 6000)))
     assert 500 <= len(drawn) <= 1000
     assert len(set(np.diff(drawn))) == 1 and drawn[-1] > 9900
-    assert bert_flax.prepare._draw(slices[:1000], 6000) == slices[:1000]
+    assert vocabulary_sample._thin(slices[:1000], 6000) == slices[:1000]
 
 
 def test_many_different_words_make_the_sample_smaller(tmp_path, monkeypatch):
@@ -373,11 +323,11 @@ def test_many_different_words_make_the_sample_smaller(tmp_path, monkeypatch):
     rng = random.Random(0)
     texts = [" ".join(f"W{rng.randrange(40_000)}" for _ in range(1000)) for _ in range(100)]
     exact = len({word for text in texts for word in text.split()})
-    assert abs(bert_flax.prepare._count_words(texts) / exact - 1) < 0.02
-    assert bert_flax.prepare._count_words([]) == 0
+    assert abs(vocabulary_sample._count_words(texts) / exact - 1) < 0.02
+    assert vocabulary_sample._count_words([]) == 0
 
     samples = []
-    monkeypatch.setattr("bert_flax.prepare._SAMPLE_WORDS", 15_000)
+    monkeypatch.setattr("bert_flax.vocabulary_sample._MAX_WORDS", 15_000)
     monkeypatch.setattr("core_flax.text.wordpiece.train", lambda sample, *_: samples.append(sample))
     path = tmp_path / "text.txt"
     path.write_text("\n".join(texts))
@@ -385,15 +335,3 @@ def test_many_different_words_make_the_sample_smaller(tmp_path, monkeypatch):
         prepare(configure(tmp_path, path))
     different = len({word for text in samples[0] for word in text.split()})
     assert 0.5 * 15_000 < different <= 1.02 * 15_000
-
-
-def test_bad_text_far_into_the_input_is_named(tmp_path):
-    (tmp_path / "a.txt").write_text(make_text(10))
-    (tmp_path / "b.txt").write_bytes(make_text(10).encode() + b"\n\xff")
-    vocabulary = WordPiece([*SPECIALS, *WORDS])
-    vocabulary.save(tmp_path / "vocab.txt")
-    config = configure(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt")
-    for settings in ({}, {"vocab": str(tmp_path / "vocab.txt"), "vocab_size": 30522}, {"num_workers": 2}):
-        with pytest.raises(UserError, match=r"b.txt:\d+ is not UTF-8"):
-            prepare(dataclasses.replace(config, **settings))
-        assert not (tmp_path / "out" / records.MANIFEST).exists()
