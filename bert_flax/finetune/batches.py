@@ -52,8 +52,7 @@ class PackedUnits:
     def row_counts(self, batch_size: int, seed: int) -> tuple[int, ...]:
         """Numbers of rows that batches may have: enough for most, for nearly all, and for any. A shape for each."""
         if (batch_size, seed) not in self._counts:
-            steps = range(min(SAMPLED_STEPS, -(-self.units.num_units // batch_size)))
-            drawn = (self._sizes[self._drawn(step, batch_size, seed)] for step in steps)
+            drawn = (self._sizes[self._drawn(step, batch_size, seed)] for step in range(SAMPLED_STEPS))
             rows = np.sort([pack(lengths, self.row_length, self._slots).num_rows for lengths in drawn])
             most, nearly_all = int(rows[len(rows) * 3 // 4]), int(rows[-1])
             wanted = nearly_all if nearly_all <= 1.1 * most else most, nearly_all, batch_size

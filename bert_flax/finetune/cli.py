@@ -92,6 +92,7 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
 
 def predict(argv: Sequence[str]) -> None:
     """``bert-flax predict``."""
+    keep_freed_memory()  # before jax is imported
     from bert_flax.finetune.predict import PredictCommand, run
 
     run(cli.parse(PredictCommand, argv, f"{PROG} predict", description=PredictCommand.__doc__ or ""))
