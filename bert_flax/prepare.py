@@ -180,15 +180,20 @@ def _already_prepared(directory: Path, settings: dict[str, Any]) -> records.Mani
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Makes the first SIGTERM an exception, as Ctrl-C is one; a second one ends the process at once."""
+    """Makes the first SIGTERM raise Terminated here; a second one ends the process at once."""
+
+    class Sigterm(BaseException):  # like KeyboardInterrupt no Exception, which libraries catch (tqdm does)
+        pass
 
     def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise Terminated("terminated; nothing is left of this run")
+        raise Sigterm
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
+    except Sigterm:
+        raise Terminated("terminated; nothing is left of this run") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

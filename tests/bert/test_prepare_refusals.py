@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from bert_flax.prepare import PrepareConfig, prepare
+from bert_flax.prepare import PrepareConfig, Terminated, prepare
 from core_flax.text.wordpiece import SPECIALS, WordPiece
 from core_flax.types import UserError
 
@@ -186,3 +186,18 @@ def test_sigterm_ends_it_with_one_line_and_leaves_nothing(tmp_path, num_workers)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (143, "bert-flax: terminated; nothing is left of this run\n")
     assert not folder.exists()
+
+
+def test_sigterm_is_not_lost_where_every_exception_is_caught(tmp_path, text_file, monkeypatch):
+    def encode(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("a library would have gone on")
+
+    monkeypatch.setattr("bert_flax.prepare._encode", encode)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="nothing is left"):
+        prepare(configure(tmp_path, text_file))
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
