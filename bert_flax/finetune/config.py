@@ -100,7 +100,9 @@ def resolve(settings: FinetuneSettings, model: BertConfig, num_units: int) -> Fi
         schedule = dataclasses.replace(schedule, warmup_steps=round(settings.warmup_share * train.num_steps))
     if settings.evaluations_per_epoch is not None:
         # Rounded up, so that the last of them is not followed at once by that of the last step.
-        train = dataclasses.replace(train, eval_every_steps=math.ceil(per_epoch / settings.evaluations_per_epoch))
+        num_epochs = settings.epochs or train.num_steps / per_epoch
+        times = max(1, round(num_epochs * settings.evaluations_per_epoch))
+        train = dataclasses.replace(train, eval_every_steps=math.ceil(train.num_steps / times))
     if settings.inputs.max_length > model.max_length:
         raise UserError(
             f"--inputs.max-length {settings.inputs.max_length} exceeds the {model.max_length} positions of the model"
