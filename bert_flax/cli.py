@@ -11,6 +11,7 @@ from core_flax.memory import keep_freed_memory
 from core_flax.types import UserError
 
 PROG = "bert-flax"
+SHORT_RUN = "A run of fewer --train.num-steps than the preset's warmup needs a lower --schedule.warmup-steps too."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,6 +55,7 @@ def _presets(argv: Sequence[str]) -> None:
 
     cli.parse(Nothing, argv, f"{PROG} presets")
     print("Sizes hold for the vocabulary named; with another one's, the embedding table is smaller or larger.")
+    print(SHORT_RUN)
     for name, preset in PRESETS.items():
         model = preset().model
         sizes = f"{num_parameters(model):>11,} parameters, vocabulary {model.vocab_size:>6,}"
@@ -80,12 +82,12 @@ def _pretrain(argv: Sequence[str]) -> None:
     doc = [
         f"{PROG} pretrain [PRESET] --workdir DIR [options] pretrains a model, or resumes the run that is in DIR.",
         f"Presets: {', '.join(PRESETS)}; without one, bert_demo. {PROG} presets tells their sizes.",
-        f"Defaults below are those of {name}. {' '.join(_paragraphs(preset))}",
+        f"Defaults below are those of {name}. {' '.join(_paragraphs(preset))} {SHORT_RUN}",
     ]
     command = cli.parse(
         PretrainCommand, rest, f"{PROG} pretrain {name}", PretrainCommand.of(preset()), "\n\n".join(doc)
     )
-    pretrain(command, preset())
+    pretrain(command, name, cli.options_given(PretrainCommand, rest))
 
 
 def _paragraphs(documented: object) -> list[str]:

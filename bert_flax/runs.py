@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tyro
 from bert_flax.config import BertConfig, PretrainConfig
 from bert_flax.model import BertForPreTraining
 from bert_flax.prepare import PrepareConfig, prepare
-from bert_flax.presets import OWN_TEXT_VOCAB_SIZE
+from bert_flax.presets import OWN_TEXT_VOCAB_SIZE, PRESETS
 from bert_flax.pretrain import make_task
 from bert_flax.sharding import PARAM_RULES
 from core_flax import config as configs
@@ -70,7 +71,7 @@ class Run:
     @classmethod
     def load(cls, workdir: str) -> "Run":
         """Raises UserError if the folder holds no pretraining run."""
-        folder = Path(workdir)
+        folder = _local("--workdir", workdir)
         stored = configs.load(folder / CONFIG, KIND, data=str, content=str, tokenizer=str, lowercase=bool)
         vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
         if vocabulary.fingerprint != stored["tokenizer"]:
@@ -83,13 +84,17 @@ class Run:
         return load_params(self.workdir / "checkpoints", step, sharding)
 
     def save(self) -> None:
-        """Write vocabulary and settings; config.json last, since it makes the folder a run."""
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        """Write vocabulary and settings; config.json last, since it makes the folder a run.
+
+        Raises:
+          UserError: the disk is full, or does not let us write there.
+        """
+        with configs.writing(self.workdir):
+            self.workdir.mkdir(parents=True, exist_ok=True)
         home = self.workdir.absolute()  # the folder of a run may be moved, with the data that is in it
         data = self.data.relative_to(home) if self.data.is_relative_to(home) else self.data
-        partial = self.workdir / "vocab.tmp"
-        self.vocabulary.save(partial)
-        partial.replace(self.workdir / VOCAB)
+        with configs.replacing(self.workdir / VOCAB) as partial:
+            self.vocabulary.save(partial)
         configs.save(
             self.workdir / CONFIG,
             KIND,
@@ -110,30 +115,56 @@ def num_parameters(model: BertConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def pretrain(command: PretrainCommand, preset: PretrainConfig) -> None:
+def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str]) -> None:
     """Start the run, or resume it.
+
+    Args:
+      command: the preset's settings, with what was asked for in their place.
+      preset_name: the preset.
+      given: options that stood on the command line (cli.options_given): what they say holds.
 
     Raises:
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
-    workdir = Path(command.workdir)
-    optimizer = configs.with_optimizer_of(command.optimizer, preset.optimizer)
+    workdir = _local("--workdir", command.workdir)
+    optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
     asked = dataclasses.replace(command.config, optimizer=optimizer)
-    _check_length(asked)
+    _check_model(asked)
     check_settings(asked, PARAM_RULES)
     with only_writer(workdir / "run.lock", f"another run is writing to {workdir}; stop it or give another --workdir"):
         old = Run.load(command.workdir) if (workdir / CONFIG).exists() else None
-        data = Path(command.data) if command.data else old.data if old else _own_text(workdir)
+        data = _given_or_own(old, command.data) if old or command.data is not None else _own_text(workdir)
         store = PassageStore(data, "train")
         vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
-        config = _with_vocabulary(asked, preset, vocabulary)
+        config = _with_vocabulary(asked, "--model.vocab-size" in given, vocabulary)
         run = Run(workdir, config, vocabulary, data.absolute(), store.manifest.content)
         if old:
-            _check_resumable(old, run)
+            _check_resumable(old, run, preset_name)
         task = make_task(config, store, _held_out(data), vocabulary)
         program = make_program(task, config)  # refuses what does not fit the devices before anything is written
         run.save()
         train(task, config, program, workdir)
+
+
+def _local(option: str, folder: str) -> Path:
+    """The folder that an option names. Raises UserError if it names none, or one that is not a local file's."""
+    if not folder:
+        raise UserError(f"{option} is empty; give a folder")
+    if "://" in folder:
+        raise UserError(f"{option} {folder}: only local folders can be read and written yet; mount it, or copy it")
+    return Path(folder)
+
+
+def _given_or_own(run: Run | None, data: str | None) -> Path:
+    """The folder of the data: the one given, else the run's. Raises UserError if the run's has been moved."""
+    if data is not None:
+        return _local("--data", data)
+    assert run
+    if not run.data.is_dir():
+        raise UserError(
+            f"data folder {run.data}, which {run.workdir / CONFIG} names, is not there; give its new place with --data"
+        )
+    return run.data
 
 
 def _own_text(workdir: Path) -> Path:
@@ -146,11 +177,9 @@ def _own_text(workdir: Path) -> Path:
     return data
 
 
-def _with_vocabulary(config: PretrainConfig, preset: PretrainConfig, vocabulary: WordPiece) -> PretrainConfig:
-    """The settings with the vocabulary's size, unless another was asked for."""
-    size = config.model.vocab_size
-    if size == preset.model.vocab_size:
-        size = vocabulary.num_tokens
+def _with_vocabulary(config: PretrainConfig, is_given: bool, vocabulary: WordPiece) -> PretrainConfig:
+    """The settings with the vocabulary's size, unless a size was asked for."""
+    size = config.model.vocab_size if is_given else vocabulary.num_tokens
     if size < vocabulary.num_tokens:
         raise UserError(
             f"--model.vocab-size {size} is smaller than the data's vocabulary of {vocabulary.num_tokens} tokens"
@@ -158,7 +187,7 @@ def _with_vocabulary(config: PretrainConfig, preset: PretrainConfig, vocabulary:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _check_resumable(old: Run, new: Run) -> None:
+def _check_resumable(old: Run, new: Run, preset_name: str) -> None:
     if old.vocabulary.fingerprint != new.vocabulary.fingerprint:
         raise UserError(
             f"data folder {new.data} was made with another tokenizer than the run in {old.workdir}; "
@@ -173,15 +202,20 @@ def _check_resumable(old: Run, new: Run) -> None:
     if changed:
         raise UserError(
             f"{old.workdir} holds a run with other settings, which these cannot continue: {'; '.join(changed)}; "
-            "give the same settings or another --workdir"
+            f"where no option was given, these are preset {preset_name}'s; give the run's own preset and settings, or "
+            "another --workdir"
         )
 
 
-def _check_length(config: PretrainConfig) -> None:
+def _check_model(config: PretrainConfig) -> None:
     if config.inputs.length > config.model.max_length:
         raise UserError(
             f"--inputs.length {config.inputs.length} exceeds --model.max-length {config.model.max_length}, "
             "the positions that the model has"
+        )
+    if config.model.num_segments < 2:
+        raise UserError(
+            f"--model.num-segments {config.model.num_segments}: pretraining reads pairs of texts; give 2 or more"
         )
 
 
@@ -192,8 +226,7 @@ def _held_out(data: Path) -> PassageStore | None:
 def evaluate(workdir: str, data: str | None, step: int | None) -> None:
     """Print held-out losses and accuracies of a checkpoint, beside the unigram baseline."""
     run = Run.load(workdir)
-    if data is not None:
-        run = dataclasses.replace(run, data=Path(data).absolute())
+    run = dataclasses.replace(run, data=_given_or_own(run, data).absolute())
     store, held_out = PassageStore(run.data, "train"), _held_out(run.data)
     if store.manifest.fingerprint != run.vocabulary.fingerprint:
         raise UserError(f"data folder {run.data} was made with another tokenizer than the run in {run.workdir}")

@@ -124,6 +124,16 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
         raise UserError(f"{wrong}; see {prog} --help") from None
 
 
+def options_given(cls: Any, argv: Sequence[str]) -> frozenset[str]:
+    """The options of ``cls`` that stand in ``argv``, as they are written in the help, values aside."""
+    known, is_value, given = options_of(cls), False, set()
+    for argument in argv:
+        if not is_value and argument.startswith("-"):
+            given.add(_option(argument))
+        is_value = not is_value and "=" not in argument and known.get(_option(argument), False)
+    return frozenset(given & known.keys())
+
+
 def take_words(cls: Any, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(words that are neither options of ``cls`` nor their values, all the rest), wherever they stand."""
     words, rest = [], []

@@ -5,6 +5,7 @@ docstring under a field is its help text on the command line. Fields named in a 
 is resumed; all others define the run, and ``differences`` names those that would make it another run.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -12,6 +13,7 @@ import math
 import operator
 import types
 import typing
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -214,12 +216,15 @@ class RunConfig:
         check_range("", self, "seed", least=0, below=2**31)
 
 
-def with_optimizer_of(config: OptimizerConfig, preset: OptimizerConfig) -> OptimizerConfig:
-    """The settings without what the preset chose for another optimizer than the one that was asked for."""
+def with_optimizer_of(config: OptimizerConfig, preset: OptimizerConfig, given: Collection[str]) -> OptimizerConfig:
+    """The settings without what the preset chose for another optimizer than the one that was asked for.
+
+    What was asked for stays, and be it the preset's own value: ``given`` are the options that were (cli.options_given).
+    """
     if config.name == preset.name:
         return config
     names = ("beta1", "beta2", "epsilon")
-    return dataclasses.replace(config, **{n: None for n in names if getattr(config, n) == getattr(preset, n)})
+    return dataclasses.replace(config, **{name: None for name in names if f"--optimizer.{name}" not in given})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -267,12 +272,36 @@ def _describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
 
 
-def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
-    """Write config.json atomically: format version, kind of run, settings, and what else identifies the run."""
-    text = json.dumps({"format": CONFIG_FORMAT, "kind": kind, "config": to_dict(config), **extra}, indent=2)
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError that names the file if the system does not let us write it, as a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of ``path``, or is gone. Raises UserError as ``writing`` does."""
     partial = path.with_suffix(".tmp")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        with writing(path):
+            yield partial
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
+    """Write config.json atomically: format version, kind of run, settings, and what else identifies the run.
+
+    Raises:
+      UserError: the disk is full, or does not let us write there.
+    """
+    text = json.dumps({"format": CONFIG_FORMAT, "kind": kind, "config": to_dict(config), **extra}, indent=2)
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def load(path: Path, kind: str, **extra: type) -> dict[str, Any]:

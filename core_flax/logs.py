@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from core_flax.config import replacing, writing
 from core_flax.types import UserError
 
 WINDOW_SECONDS = 30.0
@@ -75,7 +76,7 @@ class MetricsFile:
         """Drop records of later steps, which a resumed run will write again, and a last line that a kill cut short.
 
         Raises:
-            UserError: If the file holds something else than records.
+            UserError: If the file holds something else than records, or cannot be written.
         """
         self.close()
         if not self._path.exists():
@@ -83,9 +84,8 @@ class MetricsFile:
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for number, line in enumerate(lines, 1) if self._belongs(line, step, number, len(lines))]
         if len(kept) < len(lines):
-            partial = self._path.with_suffix(".tmp")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self._path)
+            with replacing(self._path) as partial:
+                partial.write_text("".join(kept), encoding="utf-8")
 
     def _belongs(self, line: str, step: int, number: int, count: int) -> bool:
         if number == count and not line.endswith("\n"):
@@ -103,13 +103,24 @@ class MetricsFile:
         return (step, name) in self._known
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a record; it is in the file when this returns. What is not finite becomes null."""
+        """Append a record; it is in the file when this returns. What is not finite becomes null.
+
+        Raises:
+            UserError: If it cannot be written; what was of it is dropped by ``truncate_after``.
+        """
         record = {"step": step} | {name: _finite_or_none(value) for name, value in values.items()}
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            with writing(self._path):
+                if self._file is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = self._path.open("a", encoding="utf-8")
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+        except UserError:
+            with contextlib.suppress(OSError):  # closing tries once more to write what did not fit
+                self.close()
+            self._file = None
+            raise
 
     def close(self) -> None:
         """Close the file; a later write opens it again."""
@@ -133,7 +144,9 @@ class TensorBoard:
         writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
         self._event: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
         self._summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        self._writer = writer.EventFileWriter(str(directory), flush_secs=10)
+        self._directory = directory
+        with writing(directory):
+            self._writer = writer.EventFileWriter(str(directory), flush_secs=10)
         if start_step:
             # Readers then discard what an interrupted run wrote beyond the checkpoint it is resumed from.
             self._add(start_step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
@@ -144,11 +157,13 @@ class TensorBoard:
         self._add(step, summary=self._summary.Summary(value=scalars))
 
     def _add(self, step: int, **content: Any) -> None:
-        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
+        with writing(self._directory):
+            self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
         """Write what is pending and close the file."""
-        self._writer.close()
+        with writing(self._directory):
+            self._writer.close()
 
 
 def open_tensorboard(directory: Path, start_step: int) -> TensorBoard | None:

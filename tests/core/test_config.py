@@ -8,6 +8,7 @@ import typing
 import pytest
 
 from bert_flax.config import BertConfig, InputsConfig, PretrainConfig
+from core_flax import cli
 from core_flax import config as configs
 from core_flax.config import (
     CheckpointConfig,
@@ -124,3 +125,22 @@ def test_settings_of_another_kind_are_refused(values, message):
     with pytest.raises(UserError) as caught:
         configs.from_dict(RunConfig, values)
     assert str(caught.value).startswith(message)
+
+
+# Options that were given
+
+
+@pytest.mark.parametrize("argv", [["--optimizer.beta2=0.98"], ["--optimizer.beta2", "0.98"], ["--log.no-tensorboard"]])
+def test_a_value_that_was_given_stays(argv):
+    """The preset's 0.98 is Muon's, and goes with it unless 0.98 was asked for."""
+    preset = OptimizerConfig(name="muon", beta2=0.98)
+    given = cli.options_given(PretrainConfig, [*argv, "--optimizer.name", "adamw"])
+    got = configs.with_optimizer_of(dataclasses.replace(preset, name="adamw"), preset, given)
+    assert got.beta2 == (None if "tensorboard" in argv[0] else 0.98)
+    assert configs.with_optimizer_of(preset, preset, given) == preset
+
+
+def test_given_options_are_no_values():
+    argv = ["--optimizer.beta1", "-1", "--log.tensorboard", "--train.num_steps=5", "--mesh.data", "--seed"]
+    names = {"--optimizer.beta1", "--log.tensorboard", "--train.num-steps", "--mesh.data"}
+    assert cli.options_given(PretrainConfig, argv) == names

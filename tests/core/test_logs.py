@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +90,14 @@ def test_a_file_of_something_else_is_refused(tmp_path, line):
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
         logs.MetricsFile(path).truncate_after(5)
     assert path.read_text() == '{"step": 1}\n' + line
+
+
+def test_a_disk_that_is_full_is_named():
+    """/dev/full takes nothing; what could not be written is not tried again on closing."""
+    file = logs.MetricsFile(Path("/dev/full"))
+    with pytest.raises(UserError, match=r"^/dev/full could not be written: No space left on device$"):
+        file.write(1, {"loss": 1.0})
+    file.close()
 
 
 # The progress line

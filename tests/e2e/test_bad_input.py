@@ -97,6 +97,7 @@ def test_a_vocabulary_without_mask(refuse, corpus, tmp_path):
         ({"inputs__length": 64}, "--inputs.length 64 exceeds --model.max-length 32"),
         ({"model__num_heads": 5}, "--model.num-heads 5 does not divide --model.width 32"),
         ({"model__num_heads": 0}, "--model.num-heads 0"),
+        ({"model__num_segments": 1}, "--model.num-segments 1: pretraining reads pairs of texts; give 2 or more"),
         ({"checkpoint__keep_last": 0}, "--checkpoint.keep-last 0"),
         ({"seed": -1}, "--seed -1"),
         ({"train__batch_size": 6}, "--train.batch-size 6 does not divide by 1 microbatches x 4 devices"),
@@ -111,7 +112,7 @@ def test_a_vocabulary_without_mask(refuse, corpus, tmp_path):
         ({"inputs__long_from_step": -1}, "--inputs.long-from-step -1: must be 0 or more, or None"),
         ({"optimizer__name": "adam"}, "adamw"),
         ({"train__num_steps": "many"}, "many"),
-        ({"schedule__total_steps": 3, "schedule__final_fraction": 0}, "schedule.total"),
+        ({"schedule__total_steps": 3, "schedule__final_fraction": 0}, "--schedule.total-steps 3 ends before"),
     ],
     ids=str,
 )
@@ -119,6 +120,31 @@ def test_settings(refuse, bert_flax, tmp_path, changes, message):
     workdir = tmp_path / "run"
     assert message in refuse(*bert_flax.pretrain(workdir, **changes))
     assert not workdir.exists()
+
+
+def test_fewer_steps_than_the_presets_warmup(refuse, bert_flax, tmp_path):
+    argv = (
+        "pretrain",
+        "bert_tiny",
+        f"--workdir={tmp_path / 'run'}",
+        f"--data={bert_flax.data}",
+        "--train.num-steps=10",
+    )
+    line = refuse(*argv)
+    assert "--schedule.warmup-steps 10000" in line and "set --schedule.warmup-steps to at most 9" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_size_that_is_given_is_taken(call, bert_flax, tmp_path):
+    """And be it the preset's own, which gives way to that of the data where nothing is said."""
+    changes = {"train__num_steps": 1}
+    for name, more in (("given", {"model__vocab_size": 30_522}), ("not", {})):
+        assert call(*bert_flax.pretrain(tmp_path / name, **changes, **more)).returncode == 0
+    sizes = [
+        json.loads((tmp_path / name / "config.json").read_text())["config"]["model"]["vocab_size"]
+        for name in ("given", "not")
+    ]
+    assert sizes == [30_522, len((bert_flax.data / "vocab.txt").read_text().splitlines())]
 
 
 def test_a_length_that_no_preset_takes(refuse, bert_flax, tmp_path):
@@ -183,6 +209,38 @@ def test_a_folder_that_another_run_writes_to(refuse, bert_flax, tmp_path):
         assert "starts" in process.stdout.readline()
         assert "another run is writing" in refuse(*bert_flax.pretrain(tmp_path))
         assert process.poll() is None
+
+
+def test_data_that_has_been_moved(refuse, call, bert_flax, finished_run, tmp_path):
+    workdir, data = shutil.copytree(finished_run, tmp_path / "run"), tmp_path / "gone"
+    stored = json.loads((workdir / "config.json").read_text()) | {"data": str(data)}
+    (workdir / "config.json").write_text(json.dumps(stored))
+    resume = [argument for argument in bert_flax.pretrain(workdir) if not argument.startswith("--data=")]
+    for command in (["evaluate", f"--workdir={workdir}"], resume):  # which notes the new place
+        line = refuse(*command)
+        assert f"data folder {data}, which {workdir / 'config.json'} names, is not there" in line
+        assert "--data" in line and "prepare" not in line
+        shutil.copytree(bert_flax.data, tmp_path / "new", dirs_exist_ok=True)
+        assert call(*command, f"--data={tmp_path / 'new'}").returncode == 0
+
+
+@pytest.mark.parametrize(("folder", "message"), [("gs://bucket/run", "only local folders"), ("", "is empty")])
+def test_a_folder_that_is_none(refuse, bert_flax, tmp_path, monkeypatch, folder, message):
+    monkeypatch.chdir(tmp_path)
+    for option, command in (
+        ("--workdir", bert_flax.pretrain(folder)),
+        ("--data", bert_flax.pretrain("run", data=folder)),
+        ("--workdir", ["evaluate", f"--workdir={folder}"]),
+        ("--workdir", ["fill-mask", "The [MASK].", f"--workdir={folder}"]),
+    ):
+        line = refuse(*command)
+        assert option in line and message in line
+        assert not any((tmp_path / name).exists() for name in ("gs:", "config.json", "run/config.json"))
+
+
+def test_the_run_of_another_preset(refuse, run):
+    line = refuse("pretrain", "--workdir", run)
+    assert "holds a run with other settings" in line and "these are preset bert_demo's" in line
 
 
 def test_data_that_is_not_there(refuse, bert_flax, tmp_path):
@@ -270,6 +328,16 @@ def test_a_full_disk_during_a_log_line(bert_flax, tmp_path, monkeypatch):
     done = bert_flax.run(*command, max_file_kb=20)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert f"{tmp_path / 'metrics.jsonl'} could not be written" in done.stderr
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_before_the_first_step(bert_flax, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    done = bert_flax.run(*bert_flax.pretrain(tmp_path), max_file_kb=0)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{tmp_path / 'vocab.txt'} could not be written: File too large" in done.stderr
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "config.json").exists()
 
 
 def test_a_damaged_newest_checkpoint(bert_flax, finished_run, tmp_path):
