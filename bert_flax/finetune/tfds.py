@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -60,12 +59,7 @@ class _Stored:
     @classmethod
     def find(cls, name: str) -> "_Stored":
         """The dataset of a name that TFDS understands."""
-        import tensorflow_datasets  # takes a moment, and few need it
-
-        tfds_text._import_builder(Path(str(tensorflow_datasets.__file__)).parent, name.split("/")[0])
-        with _had(name):
-            builder = cast(Any, tensorflow_datasets.builder(name))
-        return cls(name, builder)
+        return cls(name, tfds_text.find_builder(name))
 
     def features(self, *fields: str) -> Any:
         """The features of the dataset, which has these fields."""
@@ -105,10 +99,7 @@ def _had(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # TFDS raises whatever went wrong in the builder's own code
-        raise UserError(
-            f"tfds:{name} cannot be had: {tfds_text._first_line(error)} (datasets are looked for in $TFDS_DATA_DIR, "
-            "and only those that TFDS prepares without TensorFlow can be downloaded here)"
-        ) from error
+        raise tfds_text.cannot_be_had(name, error) from error
 
 
 def _texts(spec: TaskSpec, stored: _Stored, split: str, labelled: bool) -> Dataset[TextExample]:

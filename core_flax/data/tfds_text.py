@@ -41,7 +41,7 @@ def read_translations(spec: str, source: str, target: str) -> Iterator[list[str]
 
 def languages(spec: str) -> tuple[str, str]:
     """What a translation data set says is translated into what. Nothing is downloaded. Raises UserError if neither."""
-    keys = _builder(spec).info.supervised_keys
+    keys = find_builder(spec).info.supervised_keys
     if keys is None or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
         raise UserError(f"tfds:{spec} does not say what is translated into what; name the languages with --pair")
     return keys
@@ -78,7 +78,7 @@ def _open(spec: str, fields: Sequence[str]) -> tuple[Any, str]:
     """The builder of the dataset, which is stored on this machine now, and the split. It has these fields."""
     import tensorflow_datasets as tfds  # takes a moment, and few need it
 
-    builder = _builder(spec)
+    builder = find_builder(spec)
     name, _, split = spec.partition(":")
     present = list(cast(Any, builder.info.features) or [])
     missing = [field for field in fields if field not in present]
@@ -89,11 +89,11 @@ def _open(spec: str, fields: Sequence[str]) -> tuple[Any, str]:
             builder = tfds.builder(name, file_format="array_record")
             builder.download_and_prepare()
     except Exception as error:
-        raise _cannot_be_had(spec, error) from error
+        raise cannot_be_had(spec, error) from error
     return builder, split or "train"
 
 
-def _builder(spec: str) -> Any:
+def find_builder(spec: str) -> Any:
     """The builder of the dataset, which may not be stored here."""
     import tensorflow_datasets as tfds
 
@@ -104,10 +104,10 @@ def _builder(spec: str) -> Any:
         _import_builder(Path(str(tfds.__file__)).parent, name.split("/")[0])
         return tfds.builder(name)
     except Exception as error:
-        raise _cannot_be_had(spec, error) from error
+        raise cannot_be_had(spec, error) from error
 
 
-def _cannot_be_had(spec: str, error: Exception) -> UserError:
+def cannot_be_had(spec: str, error: Exception) -> UserError:
     """What to say of whatever went wrong in TFDS or in the code of a builder, which may raise anything."""
     return UserError(
         f"tfds:{spec} cannot be had: {_first_line(error)} (datasets are looked for in $TFDS_DATA_DIR, and only "
