@@ -76,7 +76,7 @@ def run(command: PredictCommand) -> None:
     if (command.null_odds and not spec.unanswerable) or (command.n_best and spec.kind != "span"):
         raise UserError(f"--null-odds is for squad2, --n-best for squad and squad2; this run is of task {spec.name}")
     if command.text is not None:
-        example = _example(spec, command.text, command.text_pair)
+        example: Any = _example(spec, command.text, command.text_pair)
         _show(spec, example, predict_examples(found, Dataset((example,)), command.step))
         return
     assert command.data is not None and command.output is not None
