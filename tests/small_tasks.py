@@ -3,14 +3,19 @@
 What is to be told lies in a word or two, so that a small model can learn it in a few steps.
 """
 
+import contextlib
 import csv
 import io
 import json
+import os
 import random
+import subprocess
 
 import jax
 import numpy as np
+import pytest
 
+from bert_flax.cli import main
 from bert_flax.huggingface import save_pretrained
 from bert_flax.model import BertConfig, BertForPreTraining
 from core_flax.text.wordpiece import SPECIALS, WordPiece
@@ -27,9 +32,11 @@ OPTIONS = {
     "train.batch-size": 8,
     "inputs.max-length": 32,
     "optimizer.learning-rate": 1e-2,
-    "epochs": 3,
+    "epochs": 8,
     "log.every-steps": 1,
 }
+QUICK = {"dropout": 0.0, "attention_dropout": 0.0}
+"""Programs without dropout are compiled faster."""
 
 
 def write_model(folder):
@@ -48,16 +55,52 @@ def arguments(task, data, workdir, *more, **changes):
     return ["finetune", task, *flags, "--log.no-tensorboard", *map(str, more)]
 
 
+@contextlib.contextmanager
+def in_a_hurry():
+    """Programs are compiled fast rather than to be fast, here and in the processes that are started."""
+    name = "jax_disable_most_optimizations"
+    if name.upper() in os.environ:  # within another
+        yield
+        return
+    os.environ[name.upper()] = "1"
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, False)
+    del os.environ[name.upper()]
+
+
+def here(*argv):
+    """``bert-flax`` in this process, on four devices."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in argv])
+    return subprocess.CompletedProcess(argv, stop.value.code, out.getvalue(), err.getvalue())
+
+
+def right(done):
+    """What a command has printed that ended well."""
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def refused(*argv):
+    """The one line of a command that was refused."""
+    done = here(*argv)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("bert-flax: error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
 def sentence(draw, quality):
     return f"the {quality} {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)}"
 
 
 def rows(seed, count):
-    """(number, text, text, whether both say the same of their noun)."""
+    """(number, text, text, whether the first is about something good)."""
     draw = random.Random(seed)
     for number in range(count):
         first, second = draw.choice(("good", "bad")), draw.choice(("good", "bad"))
-        yield number, sentence(draw, first) + ".", sentence(draw, second) + " .", int(first == second)
+        yield number, sentence(draw, first) + ".", sentence(draw, second) + " .", int(first == "good")
 
 
 def put(path, text):
@@ -77,12 +120,12 @@ def write_glue(home, train=24, dev=13, test=5):
         found, labelled = list(rows(seed, count)), split != "test"
         name = f"{split}.tsv"
         both = ("Quality" if labelled else "index", "#1 ID", "#2 ID", "#1 String", "#2 String")
-        tsv(home / "MRPC" / name, both, *((same if labelled else n, 1, 2, a, b) for n, a, b, same in found))
+        tsv(home / "MRPC" / name, both, *((good if labelled else n, 1, 2, a, b) for n, a, b, good in found))
         words = ("entailment", "not_entailment")
         tsv(
             home / "RTE" / name,
             ("index", "sentence1", "sentence2", *(["label"] * labelled)),
-            *((n, a, b, *([words[same]] * labelled)) for n, a, b, same in found),
+            *((n, a, b, *([words[good]] * labelled)) for n, a, b, good in found),
         )
         if labelled:
             tsv(home / "CoLA" / name, *(("x", int("good" in a), "", a) for _, a, _, _ in found))
@@ -91,7 +134,7 @@ def write_glue(home, train=24, dev=13, test=5):
         tsv(
             home / "STS-B" / name,
             ("index", "genre", "sentence1", "sentence2", *(["score"] * labelled)),
-            *((n, "made", a, b, *([f"{4 * same + n % 5 / 5:.3f}"] * labelled)) for n, a, b, same in found),
+            *((n, "made", a, b, *([f"{4 * good + n % 5 / 5:.3f}"] * labelled)) for n, a, b, good in found),
         )
     return home
 

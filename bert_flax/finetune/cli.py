@@ -60,7 +60,7 @@ def _check_given(argv: Sequence[str], command: "FinetuneCommand") -> None:
     """Raises UserError if a setting was given that another one decides."""
     from bert_flax.finetune.config import DECIDED_BY
 
-    given = {argument.partition("=")[0].replace("_", "-") for argument in argv}
+    given = cli.options_given(type(command), argv)
     for path, name in DECIDED_BY.items():
         option, other = (f"--{each.replace('_', '-')}" for each in (path, name))
         if option in given and (value := getattr(command, name)) is not None:

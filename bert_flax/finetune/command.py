@@ -21,6 +21,8 @@ from bert_flax.finetune.runs import Origin, Result, TaskChoice, best_run, run
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
+from core_flax import config as configs
+from core_flax.sharding import check_batch_size, make_mesh
 from core_flax.types import UserError
 
 RESULTS = "results.json"
@@ -78,6 +80,7 @@ def finetune(name: str, command: FinetuneCommand) -> None:
         raise UserError(
             "--columns and --regression go with the task custom: bert-flax finetune custom --columns text=...,label=..."
         )
+    _check_batch_sizes(command)
     labels = find_labels(command.columns, command.data) if name == "custom" and not command.regression else ()
     task = TaskChoice(name, command.columns, labels, command.regression)
     pretrained, init = _pretrained(task.spec, command)
@@ -96,8 +99,15 @@ def finetune(name: str, command: FinetuneCommand) -> None:
         print(f"{name}, seed {seed}", flush=True)
         results.append(start(home / f"seed-{seed}", settings=dataclasses.replace(settings, seed=seed)))
     summary = summarize(task.spec, results, sweep)
-    (home / RESULTS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    _write(home / RESULTS, summary)
     print(table(summary))
+
+
+def _check_batch_sizes(command: FinetuneCommand) -> None:
+    """Raises UserError if the devices do not share a batch evenly: before anything is read."""
+    mesh = make_mesh(command.mesh)
+    for size in {command.train.batch_size, *(SWEEP_BATCH_SIZES if command.sweep else ())}:
+        check_batch_size(size, command.train.num_microbatches, mesh)
 
 
 def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, str]:
@@ -209,13 +219,18 @@ def table(summary: Mapping[str, Any]) -> str:
 def finish_all(home: Path, names: Sequence[str]) -> None:
     """Writes the results of several tasks into one file, and prints a line for each: its primary figure."""
     summaries = {name: json.loads((home / name / RESULTS).read_text(encoding="utf-8")) for name in names}
-    (home / RESULTS).write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
+    _write(home / RESULTS, summaries)
     print(f"{'task':<8} {'metric':<14} {'last epoch':>15}  {'best epoch':>15}  {'seconds':>7}")
     for name, summary in summaries.items():
         moments = summary["figures"][summary["primary"]]
         cells = "  ".join(f"{_cell(**moments[moment]):>15}" for moment in ("last", "best"))
         seconds = statistics.fmean(summary["seconds"])
         print(f"{name:<8} {summary['primary'].removeprefix('dev/'):<14} {cells}  {seconds:>7.0f}")
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with configs.replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _cell(mean: float | None, deviation: float | None) -> str:

@@ -15,6 +15,7 @@ from bert_flax.finetune.readers import read_file
 from bert_flax.finetune.runs import FinetuneRun, best_run, figures_by_step
 from bert_flax.finetune.task import Labelled, make_evaluator, make_model
 from bert_flax.finetune.tasks import SUBMISSION_HEADER, TaskSpec
+from core_flax import config as configs
 from core_flax.config import MeshConfig
 from core_flax.evaluate import make_collect
 from core_flax.hardware import compute_dtype
@@ -84,9 +85,11 @@ def run(command: PredictCommand) -> None:
     predictions = predict_examples(found, dataset, command.step, command.data)
     write(spec, dataset.examples, predictions, _with_folder(command.output))
     if command.null_odds:
-        spans.write_json(_with_folder(command.null_odds), spans.null_odds(predictions.answers))
+        with configs.writing(path := _with_folder(command.null_odds)):
+            spans.write_json(path, spans.null_odds(predictions.answers))
     if command.n_best:
-        spans.write_json(_with_folder(command.n_best), spans.n_best_lists(predictions.answers, spec.unanswerable))
+        with configs.writing(path := _with_folder(command.n_best)):
+            spans.write_json(path, spans.n_best_lists(predictions.answers, spec.unanswerable))
     print(f"{command.output}: {len(dataset.examples):,} predictions of {found.workdir}")
 
 
@@ -179,7 +182,8 @@ def write(spec: TaskSpec, examples: Sequence[Any], found: Predictions, path: Pat
             shown = found.values if spec.kind == "regression" else [spec.labels[value] for value in found.values]
             rows = [SUBMISSION_HEADER, *((example.id, shown[place]) for place, example in enumerate(examples))]
             text = "\n".join("\t".join(map(str, row)) for row in rows)
-    path.write_text(text + "\n", encoding="utf-8")
+    with configs.writing(path):
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _columns(examples: Sequence[TaggedExample], tags: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,6 @@
 """From what the model says of packed units to predictions for examples, in the order of the file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,12 +77,22 @@ def score(spec: TaskSpec, examples: Sequence[Any], found: Predictions) -> Scores
                 return answer_scores(spec, examples, _by_question(examples, found))
             odds = null_odds(found.answers)
             best = answer_scores(spec, examples, predictions(found.answers), odds)
-            chosen = predictions(found.answers, best["best_f1_thresh"])
-            return {**answer_scores(spec, examples, chosen), "null_threshold": best["best_f1_thresh"]}
+            threshold = _between(best["best_f1_thresh"], odds.values())
+            chosen = predictions(found.answers, threshold)
+            return {**answer_scores(spec, examples, chosen), "null_threshold": threshold}
         case "tagging":
             return tag_scores([example.tags for example in examples], found.values)
         case _:
             return label_scores(spec, found.values, [example.label for example in examples])
+
+
+def _between(threshold: float, odds: Iterable[float]) -> float:
+    """A threshold that parts the same questions, but lies between two.
+
+    The best one is the odds of a question itself, on whose answer the rounding of another program would decide.
+    """
+    above = [each for each in odds if each > threshold]
+    return (threshold + min(above)) / 2 if above else threshold + 1
 
 
 def _by_question(examples: Sequence[Any], found: Predictions) -> dict[str, str]:

@@ -103,9 +103,8 @@ class Result:
 
     def save(self, folder: Path) -> None:
         """Writes it, complete or not at all."""
-        partial = folder / f"{RESULT}.tmp"
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / RESULT)
+        with configs.replacing(folder / RESULT) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,8 @@ class FinetuneRun:
     def save(self) -> None:
         """Writes vocabulary and settings; config.json last, since it makes the folder a run."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        partial = self.workdir / "vocab.tmp"
-        self.vocabulary.save(partial)
-        partial.replace(self.workdir / VOCAB)
+        with configs.replacing(self.workdir / VOCAB) as partial:
+            self.vocabulary.save(partial)
         configs.save(
             self.workdir / CONFIG,
             KIND,

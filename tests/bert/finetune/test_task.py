@@ -34,6 +34,7 @@ MODEL = BertConfig(
     mlp_width=32,
     max_length=32,
     init_stddev=0.2,
+    attention_dropout=0.0,
     remat="none",
 )
 INPUTS = FinetuneInputs(max_length=32, stride=8)

@@ -1,0 +1,280 @@
+"""What fine-tuning is started with, and what is refused, in one line; hardly anything is trained."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import small_tasks
+from small_tasks import arguments, here, in_a_hurry, refused, right
+
+from bert_flax.finetune import command as finetune_command
+from bert_flax.finetune.runs import Result
+from bert_flax.pretrained import load_init
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry():
+    with in_a_hurry():
+        yield
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs are not trained but listed: folder, task, settings, model. The figure tells the recipe."""
+    found = []
+
+    def run(folder, task, settings, pretrained, data, origin):
+        figures = {f"dev/{task.spec.primary}": settings.optimizer.learning_rate * 1e5 + settings.epochs / 100}
+        found.append((folder, task, settings, pretrained))
+        folder.mkdir(parents=True)
+        return Result(task.name, settings.seed, figures, figures, 1, 1, 1.0, False)
+
+    monkeypatch.setattr(finetune_command, "run", run)
+    return found
+
+
+def test_a_head_is_kept(started, mrpc, glue, tmp_path):
+    right(here(*arguments("mrpc", glue, tmp_path / "a", "--keep-head", init=mrpc[0])))
+    right(here(*arguments("rte", glue, tmp_path / "b", init=mrpc[0])))
+    kept, new = (pretrained.params for *_, pretrained in started)
+    best = load_init(str(mrpc[0]))
+    np.testing.assert_array_equal(kept["head"]["kernel"], best.head.kernel)
+    np.testing.assert_array_equal(kept["head"]["bias"], best.head.bias)
+    assert set(new) == {"encoder"}
+
+
+def test_the_grid_is_tried_and_the_best_recipe_given_to_the_seeds(started, model, glue, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_command, "SWEEP_BATCH_SIZES", (4,))
+    monkeypatch.setattr(finetune_command, "SWEEP_EPOCHS", (2, 1))
+    monkeypatch.setattr(finetune_command, "SWEEP_LEARNING_RATES", (2e-5, 3e-5))
+    printed = right(here(*arguments("rte", glue, tmp_path, "--sweep", init=model, seeds=2, seed=5)))
+    tried, seeds = started[:4], started[4:]
+    recipes = [f"batch4_lr{rate}_epochs{epochs}" for rate in ("2e-05", "3e-05") for epochs in (2, 1)]
+    assert [folder for folder, *_ in tried] == [tmp_path / "sweep" / recipe for recipe in recipes]
+    assert {settings.seed for _, _, settings, _ in tried} == {5}
+    assert [folder for folder, *_ in seeds] == [tmp_path / "seed-5", tmp_path / "seed-6"]
+    for (_, _, settings, _), seed in zip(seeds, (5, 6), strict=True):
+        assert (settings.seed, settings.epochs, settings.train.batch_size) == (seed, 2, 4)
+        assert settings.optimizer.learning_rate == 3e-5 and settings.inputs.max_length == 32
+    assert "best recipe on the dev set is batch4_lr3e-05_epochs2: accuracy 3.02" in printed
+    sweep = json.loads((tmp_path / "results.json").read_text())["sweep"]
+    assert list(sweep) == recipes and max(sweep, key=sweep.get) == "batch4_lr3e-05_epochs2"
+
+
+def test_the_papers_grid():
+    """Appendix A.3."""
+    assert set(finetune_command.SWEEP_BATCH_SIZES) == {16, 32}
+    assert set(finetune_command.SWEEP_LEARNING_RATES) == {5e-5, 3e-5, 2e-5}
+    assert set(finetune_command.SWEEP_EPOCHS) == {2, 3, 4}
+
+
+def test_all_of_glue_that_is_there(started, model, glue, tmp_path):
+    data, names = shutil.copytree(glue, tmp_path / "glue"), ("cola", "mrpc", "stsb")
+    (data / "RTE" / "dev.tsv").unlink()
+    command = arguments("glue", data, tmp_path / "run", init=model, seeds=2, optimizer__learning_rate=None)
+    lines = right(here(*command)).splitlines()
+    assert f"rte: left out, {data} lacks its dev split" in lines
+    assert f"qqp: left out, {data} lacks its dev and train split" in lines
+    assert [task.name for _, task, _, _ in started] == [name for name in names for _ in range(2)]
+    assert {folder.parent for folder, *_ in started} == {tmp_path / "run" / name for name in names}
+    shown = [line.split()[:2] for line in lines[-4:]]
+    assert shown == [["task", "metric"], ["cola", "matthews"], ["mrpc", "f1"], ["stsb", "spearman"]]
+    assert "5.08 ± 0.00" in lines[-1] and lines[-1].endswith(" 1")
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == set(names)
+
+
+def test_a_table_with_tabs_and_labels_of_its_own(started, model, tmp_path):
+    small_tasks.tsv(tmp_path / "train.tsv", ("kind", "n", "said"), ("no", 1, "a"), ("yes", 2, '"a'), ("maybe", 3, "b"))
+    small_tasks.tsv(tmp_path / "validation.tsv", ("n", "kind", "said"), (4, "yes", "a"))
+    given = {"init": model, "columns": "text=said,label=kind,id=n"}
+    printed = right(here(*arguments("custom", tmp_path, tmp_path / "run", **given)))
+    assert "custom, train: 3 examples" in printed and "custom, dev: 1 examples" in printed
+    assert started[0][1].spec.labels == ("maybe", "no", "yes")
+    small_tasks.tsv(tmp_path / "validation.tsv", ("n", "kind", "said"), (4, "never", "a"))
+    assert "validation.tsv:2: 'never' is no label of task custom" in refused(
+        *arguments("custom", tmp_path, tmp_path / "run", **given)
+    )
+
+
+def test_what_is_left_out_is_told_and_not_trained_on(started, model, tmp_path):
+    """A SQuAD answer whose offset is wrong; a mismatched dev set that is not there."""
+    data = small_tasks.write_squad(tmp_path / "squad", 1)
+    stored = json.loads((data / "train-v1.1.json").read_text())
+    stored["data"][0]["paragraphs"][3]["qas"][0]["answers"][0]["answer_start"] += 1
+    (data / "train-v1.1.json").write_text(json.dumps(stored))
+    printed = right(here(*arguments("squad", data, tmp_path / "a", init=model)))
+    assert "squad, train: 23 examples" in printed.splitlines()
+    assert f"squad, train: left out 1: {data / 'train-v1.1.json'} question q0-3: answer_start" in printed
+    header, row = ("gold_label", "sentence1", "sentence2"), ("neutral", "the river " * 8, "the old village")
+    for name in ("train", "dev_matched"):
+        small_tasks.tsv(tmp_path / "MNLI" / f"{name}.tsv", header, row, row)
+    printed = right(here(*arguments("mnli", tmp_path, tmp_path / "b", init=model, inputs__max_length=16)))
+    assert "mnli: not measured on dev_mismatched (" in printed
+    assert "mnli, train: 2 texts over --inputs.max-length 16 were cut" in printed
+    small_tasks.tsv(tmp_path / "MNLI" / "dev_mismatched.tsv", header, row[:2])
+    line = refused(*arguments("mnli", tmp_path, tmp_path / "c", init=model))
+    assert f"{tmp_path / 'MNLI' / 'dev_mismatched.tsv'}:2 has 2 fields, not 3" in line
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "--seeds 0: must be 1 or more"),
+        ({"epochs": 0}, "--epochs 0.0: must be more than 0, or None"),
+        ({"train__num_steps": 1000}, "--train.num-steps follows from --epochs 8"),
+        ({"schedule__warmup_steps": 0}, "--schedule.warmup-steps follows from --warmup-share 0.1"),
+        ({"train__eval_every_steps": 5}, "--train.eval-every-steps follows from --evaluations-per-epoch 1"),
+        ({"train__eval_batches": 5}, "a task is measured on its whole dev set"),
+        ({"inputs__max_length": 65}, "--inputs.max-length 65 exceeds the 64 positions"),
+        ({"inputs__max_length": 15}, "--inputs.max-length 15: must be 16 or more"),
+        ({"train__batch_size": 6}, "--train.batch-size 6 does not divide by 1 microbatches x 4 devices"),
+        ({"init": None}, "give either --init FOLDER"),
+        ({"init_from_task": "x"}, "give either --init FOLDER"),
+        ({"columns": "text=a,label=b"}, "go with the task custom"),
+        ({"optimizer__learning_rat": 1}, "did you mean --optimizer.learning-rate?"),
+        ({"init": "nowhere"}, "nowhere is no folder"),
+        ({"data": "nowhere"}, "--data nowhere does not exist"),
+    ],
+    ids=str,
+)
+def test_settings(model, glue, tmp_path, options, message):
+    given = {"init": model} | options
+    assert message in refused(*arguments("mrpc", given.pop("data", glue), tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_cannot_be(model, glue, tmp_path):
+    assert "did you mean mrpc?" in refused("finetune", "mrcp", "--data", glue)
+    assert "name the task: bert-flax finetune TASK" in refused("finetune", "--data", glue)
+    assert "one task at a time" in refused("finetune", "mrpc", "--data", glue, "rte")
+    assert "go with the task custom" in refused(*arguments("mrpc", glue, tmp_path, "--regression", init=model))
+    assert "go with the task custom" in refused(*arguments("custom", glue, tmp_path, init=model))
+    assert "names no label" in refused(*arguments("custom", glue, tmp_path, init=model, columns="text=a"))
+    assert "holds no task of GLUE" in refused(*arguments("glue", tmp_path / "x", tmp_path, init=model))
+    assert "RTE is the folder of task rte" in refused(*arguments("mrpc", glue / "RTE", tmp_path, init=model))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "message"),
+    [
+        ("rte", "RTE/train.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n", ":2: 'maybe' is no label of"),
+        ("rte", "RTE/train.tsv", "index\tsentence1\tlabel\n0\ta\tentailment\n", "has no column 'sentence2'"),
+        ("rte", "RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tentailment\n", ":2 has 3 fields, not 4"),
+        ("rte", "RTE/dev.tsv", "\n", "is empty"),
+        ("rte", "RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n", "holds no example"),
+        ("rte", "RTE/dev.tsv", None, "lacks the dev split of rte"),
+        ("stsb", "STS-B/train.tsv", "sentence1\tsentence2\tscore\na\tb\t5.1\n", ":2: '5.1' is no score"),
+        ("squad", "train-v1.1.json", "[", "train-v1.1.json:1 is not valid JSON"),
+        ("squad", "train-v1.1.json", '{"data": [{}]}', "data[0] has no 'paragraphs'"),
+        ("ner", "eng.train", "a NN O\nb O\n", ":2 has 2 columns where line 1 has 3"),
+        ("ner", "eng.train", "a NN B-PERSON\n", ":1: 'B-PERSON' is no tag of task ner"),
+        ("swag", "train.csv", "sent1,sent2\na,b\n", "has no column 'ending0'"),
+    ],
+)
+def test_files(model, glue, tmp_path, task, name, content, message):
+    data = shutil.copytree(glue, tmp_path / "data")
+    (data / name).unlink(missing_ok=True)
+    if content is not None:
+        small_tasks.put(data / name, content)
+    line = refused(*arguments(task, data, tmp_path / "run", init=model))
+    assert message in line and str(data if content is None else data / name) in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_models(model, glue, mrpc, tmp_path):
+    def line(*more, **options):
+        return refused(*arguments("mrpc", glue, tmp_path / "run", *more, **options))
+
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    assert f"{other / 'config.json'} describes a model of type 'roberta'" in line(init=other)
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert "they belong to different models" in line(init=other)
+    (other / "config.json").write_text(json.dumps(config))
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert str(weights) in line(init=other)
+    (other / "config.json").unlink()
+    assert str(other / "config.json") in line(init=other)
+    assert f"--keep-head: {model} has no head of a task" in line("--keep-head", init=model)
+    assert "--keep-head goes with --init" in line("--keep-head", init_from_task=mrpc[0])
+    assert f"{model / 'config.json'} describes a run of kind None" in line(init_from_task=model)
+    assert f"{tmp_path} holds no complete run" in line(init_from_task=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"optimizer__learning_rate": 1e-3}, "optimizer.learning_rate: 0.01 -> 0.001"),
+        ({"epochs": 4}, "epochs: 8.0 -> 4.0"),
+        ({"dropout": 0.0}, "dropout: None -> 0.0"),
+        ({"inputs__max_length": 40}, "inputs.max_length: 32 -> 40"),
+        ({"task": "rte"}, "task: mrpc -> rte"),
+        ({"data": "other"}, "data: "),
+        ({"init": "other"}, "init: "),
+    ],
+    ids=str,
+)
+def test_another_run_is_refused_with_the_difference(mrpc, model, glue, tmp_path, changes, difference):
+    workdir = shutil.copytree(mrpc[0], tmp_path / "run")
+    given = {"init": model, "seeds": 2} | changes
+    task, data = given.pop("task", "mrpc"), glue
+    if "data" in changes:
+        data = small_tasks.write_glue(tmp_path / given.pop("data"), train=23)
+        difference += f"{glue} -> {data}"
+    if "init" in changes:
+        given["init"] = mrpc[0]
+        difference += f"{model} -> {mrpc[0]}"
+    line = refused(*arguments(task, data, workdir, **given))
+    assert f"{workdir / 'seed-0'} holds a run with other settings, which these cannot continue: " in line
+    assert difference in line
+    for path in mrpc[0].rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (workdir / path.relative_to(mrpc[0])).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either --data FILE with --output FILE, or --text TEXT"),
+        ({"data": "x", "text": "x"}, "give either --data FILE with --output FILE, or --text TEXT"),
+        ({"data": "x"}, "--data FILE and --output FILE go together"),
+        ({"text": "x", "output": "x"}, "--data FILE and --output FILE go together"),
+        ({"data": "x", "output": "y", "text_pair": "x"}, "--text-pair goes with --text"),
+        ({"data": "x", "output": "x"}, "must be different files"),
+        ({"text": " ", "text_pair": "x"}, "--text is empty"),
+        ({"text": "x", "text_pair": "\udc80"}, "--text-pair is not UTF-8"),
+        ({"text": "x"}, "task mrpc takes a --text-pair"),
+        ({"text": "x", "text_pair": "y", "n_best": "z"}, "go with --data FILE"),
+        ({"data": "x", "output": "y", "n_best": "z"}, "--n-best for squad and squad2; this run is of task mrpc"),
+        ({"data": "x", "output": "y", "null_odds": "z"}, "--null-odds is for squad2"),
+        ({"data": "x", "output": "y"}, "cannot read x"),
+        ({"text": "x", "text_pair": "y", "step": 5}, "no checkpoint of step 5"),
+        ({"text": "x", "text_pair": "y", "workdir": "nowhere"}, "nowhere holds no complete run"),
+    ],
+    ids=str,
+)
+def test_predictions_that_cannot_be(mrpc, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    given = {"workdir": mrpc[0]} | options
+    assert message in refused("predict", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be_predicted(mrpc, squad2, glue, tmp_path):
+    command = ["predict", "--workdir", mrpc[0], "--output", tmp_path / "x", "--data"]
+    assert "has no column '#1 String'" in refused(*command, glue / "RTE" / "test.tsv")
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "x").mkdir()
+    assert f"{tmp_path / 'x'} could not be written: Is a directory" in refused(*command, glue / "MRPC" / "test.tsv")
+    assert "takes a --text-pair" in refused("predict", "--workdir", squad2[1], "--text", "Who?")
+    workdir = shutil.copytree(squad2[1], tmp_path / "run")
+    (workdir / "seed-0" / "metrics.jsonl").unlink()
+    line = refused("predict", "--workdir", workdir, "--text", "Who?", "--text-pair", "The river.")
+    assert "was not measured on the dev set, so there is no threshold of null odds; these were: none" in line
