@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,7 +53,6 @@ def make_task(
     """
     model = make_model(spec, config.model, compute_dtype(config.train.compute_dtype))
     packed = PackedUnits(train, config.inputs.max_length, row_multiple)
-    batch_size = config.train.batch_size
 
     def init(key: Array) -> Params:
         return model.init(key, _example_batch())["params"]
@@ -62,16 +62,7 @@ def make_task(
         scores = model.apply({"params": params}, batch, row_B=batch["row"], deterministic=key is None, rngs=rngs)
         return scored_sums(spec, scores, batch)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
-        def make_batch(step: int) -> Batch:
-            batch = packed.make_batch(step, batch_size, config.seed)
-            share = len(batch["tokens"]) // (batch_size // len(rows))
-            begin = rows.start // len(rows) * share
-            return {name: array[begin : begin + share] for name, array in batch.items()}
-
-        return prefetch(make_batch, start_step, config.train.num_steps)
-
-    tokens = packed.mean_tokens(batch_size)
+    tokens = packed.mean_tokens(config.train.batch_size)
     rows = tokens / packed.row_length
     flops = rows * flops_per_example(config.model, packed.row_length, 0)
     shapes = dict(leaves(jax.eval_shape(init, jax.random.key(0))))
@@ -79,13 +70,26 @@ def make_task(
         init=init,
         loss_weights=lambda batch: {"loss": jnp.sum(label_weights(spec, batch))},
         loss_sums=loss_sums,
-        batches=batches,
+        batches=partial(_batches, packed, config),
         param_rules=PARAM_RULES,
         initial={path: array for path, array in leaves(pretrained) if path in shapes},
         axis_fields=AXIS_FIELDS,
         evaluators={name: make_evaluator(config, spec, model, data, row_multiple) for name, data in held_out.items()},
         cost=lambda step: Cost(tokens=round(tokens), flops=flops),
     )
+
+
+def _batches(packed: PackedUnits, config: FinetuneConfig, start_step: int, rows: range) -> Generator[Batch, None, None]:
+    """This host's share of the rows of each batch, if ``rows`` are its share of the units."""
+    batch_size = config.train.batch_size
+
+    def make_batch(step: int) -> Batch:
+        batch = packed.make_batch(step, batch_size, config.seed)
+        share = len(batch["tokens"]) // (batch_size // len(rows))
+        begin = rows.start // len(rows) * share
+        return {name: array[begin : begin + share] for name, array in batch.items()}
+
+    return prefetch(make_batch, start_step, config.train.num_steps)
 
 
 def make_model(spec: TaskSpec, config: BertConfig, dtype: Any = jnp.float32) -> BertForSequences | BertForTokens:
