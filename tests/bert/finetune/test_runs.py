@@ -9,6 +9,7 @@ import pytest
 
 from bert_flax.finetune.command import _head, summarize, table
 from bert_flax.finetune.config import FinetuneInputs, FinetuneSettings, resolve, settings_of
+from bert_flax.finetune.predictions import _between
 from bert_flax.finetune.runs import FinetuneRun, Origin, Result, TaskChoice, _result, best_run, figures_by_step
 from bert_flax.finetune.tasks import TASKS
 from bert_flax.huggingface import Pretrained, Report, TaskHead
@@ -211,3 +212,12 @@ def test_labels_that_are_numbers_have_no_other_names():
 
 def test_recipes_are_told_apart_by_their_optimizer():
     assert settings_of(TASKS["mnli"]).optimizer == OptimizerConfig(learning_rate=2e-5)
+
+
+def test_a_threshold_lies_between_two_questions():
+    """So that another program, which rounds otherwise, parts them alike."""
+    odds = {"sure": -2.0, "not": 1.5, "hardly": 2.5}
+    for threshold, answered in ((-3.0, []), (-2.0, ["sure"]), (1.5, ["sure", "not"]), (2.5, list(odds))):
+        between = _between(threshold, odds.values())
+        assert [key for key, each in odds.items() if each <= between] == answered
+        assert min(abs(each - between) for each in odds.values()) >= 0.5
