@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("finetuned_models",)
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Most of the time goes into compiling the same tiny programs: all tests, and the processes they start, share them.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")

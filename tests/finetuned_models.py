@@ -1,4 +1,4 @@
-"""Fine-tuned models that several tests read."""
+"""Fine-tuned models that several tests read; a plugin of tests/conftest.py."""
 
 import pytest
 import small_tasks
