@@ -144,9 +144,9 @@ def _read_labels(spec: TaskSpec, path: Path, dataset: Dataset[Any], data: Path) 
         if fields[own_id] in found:
             raise UserError(f"{where}: index {fields[own_id]!r} comes twice")
         if fields[own_id] not in wanted:
-            strangers.append(f"{where}: index {fields[own_id]!r} is not in {data}")
+            strangers.append(f"{where} index {fields[own_id]!r}")
         found[fields[own_id]] = parse_label(any_number, fields[prediction], where)
-    _refuse(strangers, dataset)
+    _refuse(strangers, dataset, data)
     if missing := [repr(key) for key in wanted if key not in found]:
         raise UserError(f"{path} has no prediction for {len(missing):,} of {len(wanted):,} rows: index {_few(missing)}")
     return [found[key] for key in wanted]
@@ -160,7 +160,7 @@ def _score_answers(
     predictions = _read_json(path, str, "a text")
     odds = None if null_odds is None else _read_json(null_odds, float, "a number")
     for file, stored in ((path, predictions), (null_odds, odds or {})):
-        _refuse([f"{file} question {key} is not in {data}" for key in stored if key not in wanted], dataset)
+        _refuse([f"{file} question {key}" for key in stored if key not in wanted], dataset, data)
     if odds is not None and (missing := [key for key in wanted if key not in odds]):
         raise UserError(f"{null_odds} has no number for {len(missing):,} of {len(wanted):,} questions: {_few(missing)}")
     missing = [key for key in wanted if key not in predictions]
@@ -193,10 +193,11 @@ def _once(pairs: Sequence[tuple[str, Any]], path: Path) -> dict[str, Any]:
     return found
 
 
-def _refuse(strangers: Sequence[str], dataset: Dataset[Any]) -> None:
+def _refuse(strangers: Sequence[str], dataset: Dataset[Any], data: Path) -> None:
     """No prediction may be left over. Yet what the reader leaves out for its label or answers, a model predicts."""
     if len(strangers) > len(dataset.dropped):
-        raise UserError(summarize(strangers))
+        others = f" (nor are {len(strangers) - 1:,} more)" if len(strangers) > 1 else ""
+        raise UserError(f"{strangers[0]} is not in {data}{others}; give the file that was predicted")
 
 
 def _by_id(dataset: Dataset[Any], data: Path) -> dict[str, Any]:
