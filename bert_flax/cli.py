@@ -54,8 +54,8 @@ def _presets(argv: Sequence[str]) -> None:
     from bert_flax.runs import num_parameters
 
     cli.parse(Nothing, argv, f"{PROG} presets")
-    print("Sizes hold for the vocabulary named; with another one's, the embedding table is smaller or larger.")
-    print(SHORT_RUN)
+    sizes = "Sizes hold for the vocabulary named; with another one's, the embedding table is smaller or larger."
+    print(f"{sizes} {SHORT_RUN}")
     for name, preset in PRESETS.items():
         model = preset().model
         sizes = f"{num_parameters(model):>11,} parameters, vocabulary {model.vocab_size:>6,}"
