@@ -8,10 +8,8 @@ import tyro
 from bert_flax.finetune import cli as tasks
 from core_flax import cli
 from core_flax.memory import keep_freed_memory
-from core_flax.types import UserError
 
 PROG = "bert-flax"
-SHORT_RUN = "A run of fewer --train.num-steps than the preset's warmup needs a lower --schedule.warmup-steps too."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,11 +53,11 @@ def _presets(argv: Sequence[str]) -> None:
 
     cli.parse(Nothing, argv, f"{PROG} presets")
     sizes = "Sizes hold for the vocabulary named; with another one's, the embedding table is smaller or larger."
-    print(f"{sizes} {SHORT_RUN}")
+    print(f"{sizes} {cli.SHORT_RUN}")
     for name, preset in PRESETS.items():
         model = preset().model
         sizes = f"{num_parameters(model):>11,} parameters, vocabulary {model.vocab_size:>6,}"
-        print(f"{name:<12} {sizes}  {_paragraphs(preset)[0]}")
+        print(f"{name:<12} {sizes}  {cli.paragraphs(preset)[0]}")
 
 
 @dataclass(frozen=True)
@@ -72,27 +70,11 @@ def _pretrain(argv: Sequence[str]) -> None:
     from bert_flax.presets import PRESETS
     from bert_flax.runs import PretrainCommand, pretrain
 
-    words, rest = cli.take_words(PretrainCommand, argv)
-    if len(words) > 1:
-        raise UserError(f"{' '.join(words)}: one preset at a time; settings are options (--name value)")
-    name = words[0] if words else "bert_demo"
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{cli.suggest(name, PRESETS)}; {PROG} presets lists them")
-    preset = PRESETS[name]
-    doc = [
-        f"{PROG} pretrain [PRESET] --workdir DIR [options] pretrains a model, or resumes the run that is in DIR.",
-        f"Presets: {', '.join(PRESETS)}; without one, bert_demo. {PROG} presets tells their sizes.",
-        f"Defaults below are those of {name}. {' '.join(_paragraphs(preset))} {SHORT_RUN}",
-    ]
-    command = cli.parse(
-        PretrainCommand, rest, f"{PROG} pretrain {name}", PretrainCommand.of(preset()), "\n\n".join(doc)
+    pretrain(
+        *cli.parse_preset(
+            PRESETS, lambda config: PretrainCommand, "bert_demo", argv, f"{PROG} pretrain", "pretrains a model"
+        )
     )
-    pretrain(command, name, cli.options_given(PretrainCommand, rest))
-
-
-def _paragraphs(documented: object) -> list[str]:
-    """A docstring's paragraphs, each on one line."""
-    return [" ".join(each.replace("``", "").split()) for each in (documented.__doc__ or "").split("\n\n")]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bert_flax.model import BertForPreTraining
-from bert_flax.runs import Run
+from bert_flax.runs import load_run
 from core_flax.types import UserError
 
 
 def fill_mask(workdir: str, texts: Sequence[str], top: int, step: int | None = None) -> None:
     """Print the ``top`` most probable tokens with their probabilities, for each [MASK] of each text."""
-    run = Run.load(workdir)
-    vocabulary, config = run.vocabulary, run.config.model
+    run, vocabulary = load_run(workdir)
+    config = run.config.model
     if not texts:
         raise UserError('give a text with [MASK] in it, such as "The [MASK] statement is used for debugging."')
     if not 1 <= top <= vocabulary.num_tokens:

@@ -21,12 +21,13 @@ from bert_flax.huggingface_names import HEADS
 from core_flax import config as configs
 from core_flax.checkpoint import Checkpoints, load_params
 from core_flax.config import CheckpointConfig
+from core_flax.run import CHECKPOINTS, CONFIG
 from core_flax.state import TrainState
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
 
 KIND = "bert_flax.pretrained"
-CONFIG, VOCAB, CHECKPOINTS = runs.CONFIG, runs.VOCAB, "checkpoints"
+VOCAB = runs.VOCAB
 HEAD = "task_head"
 """Name of a task head's kernel and bias among the parameters of an imported folder."""
 
@@ -126,10 +127,10 @@ def _head(about: Mapping[str, Any], layer: Mapping[str, Any]) -> TaskHead:
 
 
 def _load_run(folder: Path, step: int | None) -> Pretrained:
-    run = runs.Run.load(str(folder))
+    run, vocabulary = runs.load_run(folder)
     params, step = run.params(step)
     arrays = _arrays(params)
-    return Pretrained(run.config.model, arrays, run.vocabulary, _report(arrays, step))
+    return Pretrained(run.config.model, arrays, vocabulary, _report(arrays, step))
 
 
 def _load_finetuned(path: str, step: int | None) -> Pretrained:

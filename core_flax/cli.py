@@ -22,6 +22,8 @@ from core_flax.types import UserError
 
 T = TypeVar("T")
 
+SHORT_RUN = "A run of fewer --train.num-steps than the preset's warmup needs a lower --schedule.warmup-steps too."
+
 Command = Callable[[Sequence[str]], None]
 
 _RULE = re.compile(r"[─-]{3,}$")
@@ -134,10 +136,73 @@ def options_given(cls: Any, argv: Sequence[str]) -> frozenset[str]:
     return frozenset(given & known.keys())
 
 
-def take_words(cls: Any, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(words that are neither options of ``cls`` nor their values, all the rest), wherever they stand."""
+def parse_preset(
+    presets: Mapping[str, Callable[[], Any]],
+    command_of: Callable[[Any], type[T]],
+    default: str,
+    argv: Sequence[str],
+    prog: str,
+    purpose: str,
+) -> tuple[T, str, frozenset[str]]:
+    """Parses ``[PRESET] --workdir DIR [options]``, the command line of all training.
+
+    Args:
+      presets: name -> function that makes a config.
+      command_of: a preset's config -> class of the command: its fields are the config's and some more.
+      default: the preset without one.
+      argv: arguments.
+      prog: program and command.
+      purpose: what the command does, a sentence's end: "pretrains a model".
+
+    Returns:
+      The command, the preset's name, and the options that stood on the command line (``options_given``).
+
+    Raises:
+      UserError: as ``parse``, and if there is no such preset.
+    """
+    words, rest = take_words([command_of(preset()) for preset in presets.values()], argv)
+    if len(words) > 1:
+        raise UserError(f"{' '.join(words)}: one preset at a time; settings are options (--name value)")
+    name = words[0] if words else default
+    program = prog.split()[0]
+    if name not in presets:
+        raise UserError(f"unknown preset {name!r}{suggest(name, presets)}; {program} presets lists them")
+    config = presets[name]()
+    command = command_of(config)
+    doc = [
+        f"{prog} [PRESET] --workdir DIR [options] {purpose}, or resumes the run that is in DIR.",
+        f"Presets: {', '.join(presets)}; without one, {default}. {program} presets tells their sizes.",
+        f"Defaults below are those of {name}. {' '.join(paragraphs(presets[name]))} {SHORT_RUN}",
+    ]
+    parsed = parse(command, rest, f"{prog} {name}", as_command(command, config), "\n\n".join(doc))
+    return parsed, name, options_given(command, rest)
+
+
+def as_command(command: type[T], config: Any) -> T:
+    """A preset as the defaults of a command, whose class adds options to the settings'; ``workdir`` has no default."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return command(**values | {"workdir": tyro.MISSING})
+
+
+def settings_of(command: Any, config: type[T]) -> T:
+    """The settings alone of what ``as_command`` made."""
+    return config(**{field.name: getattr(command, field.name) for field in dataclasses.fields(config)})  # type: ignore
+
+
+def paragraphs(documented: object) -> list[str]:
+    """A docstring's paragraphs, each on one line."""
+    return [" ".join(each.replace("``", "").split()) for each in (documented.__doc__ or "").split("\n\n")]
+
+
+def take_words(classes: Any, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words that are neither options of a class, or of several, nor their values; all the rest), in any order."""
     words, rest = [], []
-    known, is_value = options_of(cls) | {"-h": False, "--help": False}, False
+    known = {
+        option: takes
+        for cls in (classes if isinstance(classes, list) else [classes])
+        for option, takes in options_of(cls).items()
+    }
+    known, is_value = known | {"-h": False, "--help": False}, False
     for argument in argv:
         is_word = not is_value and not argument.startswith("-")
         (words if is_word else rest).append(argument)

@@ -68,7 +68,7 @@ def check_range(
 class OptimizerConfig:
     """How gradients become updates. A field left at None takes the optimizer's published default."""
 
-    name: Literal["adamw", "lamb", "adafactor", "lion", "muon"] = "adamw"
+    name: Literal["adamw", "lamb", "adafactor", "lion", "muon", "sgd"] = "adamw"
     """Update rule. muon: Muon for the hidden layers' matrices, AdamW for everything else."""
     learning_rate: float = 1e-4
     """Peak learning rate, reached when the warmup ends; for adafactor a share of each parameter's own RMS."""
@@ -77,14 +77,14 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Clip gradients to this L2 norm over all parameters together; None: no clipping."""
     beta1: float | None = None
-    """Decay of the first moment; muon: of its momentum (its AdamW part keeps 0.9). None: 0.9; muon 0.95; adafactor no
-    first moment."""
+    """Decay of the first moment; muon and sgd: of the momentum (muon's AdamW part keeps 0.9). None: 0.9; muon 0.95;
+    adafactor and sgd none."""
     beta2: float | None = None
-    """Decay of the second moment; lion: of the momentum; adafactor has a schedule of its own instead. None: 0.999; lion
-    0.99."""
+    """Decay of the second moment; lion: of the momentum; adafactor has a schedule of its own instead; sgd has none.
+    None: 0.999; lion 0.99."""
     epsilon: float | None = None
-    """Term that keeps the denominator away from zero; adafactor: added to squared gradients; lion has none. None: 1e-8;
-    lamb 1e-6; adafactor 1e-30."""
+    """Term that keeps the denominator away from zero; adafactor: added to squared gradients; lion and sgd have none.
+    None: 1e-8; lamb 1e-6; adafactor 1e-30."""
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
@@ -304,7 +304,7 @@ def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def load(path: Path, kind: str, **extra: type) -> dict[str, Any]:
+def load(path: Path, kinds: str | Collection[str], **extra: type) -> dict[str, Any]:
     """Read what ``save`` wrote; ``extra`` are the types of what it was given besides the config.
 
     Raises:
@@ -319,8 +319,9 @@ def load(path: Path, kind: str, **extra: type) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds no JSON object; {remedy}")
-    if stored.get("kind") != kind:
-        raise UserError(f"{path} describes a run of kind {stored.get('kind')!r}, not {kind!r}")
+    wanted = [kinds] if isinstance(kinds, str) else list(kinds)
+    if stored.get("kind") not in wanted:
+        raise UserError(f"{path} describes a run of kind {stored.get('kind')!r}, not {' or '.join(map(repr, wanted))}")
     if stored.get("format") != CONFIG_FORMAT:
         raise UserError(f"{path} has format {stored.get('format')}; this version reads format {CONFIG_FORMAT}")
     for name, hint in {"config": dict, **extra}.items():

@@ -15,7 +15,7 @@ from bert_flax.huggingface import TASK_HEADS, TaskHead, load_pretrained, save_pr
 from bert_flax.huggingface_names import tensors
 from bert_flax.model import BertConfig
 from bert_flax.pretrained import export_hf, import_hf, load_init
-from bert_flax.runs import Run
+from bert_flax.runs import load_run
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
 
@@ -195,12 +195,12 @@ def test_imported_and_exported(folder, tmp_path, capsys):
 
 
 def test_a_pretraining_run_exported(finished_run, tmp_path):
-    run = Run.load(str(finished_run))
+    run, vocabulary = load_run(finished_run)
     for step in (None, 4):
         export_hf(str(finished_run), str(tmp_path / f"out{step}"), step)
         found = load_init(str(tmp_path / f"out{step}"))
         assert_same(found.params, jax.tree.map(np.asarray, run.params(step)[0]))
-        assert found.vocabulary.fingerprint == run.vocabulary.fingerprint
+        assert found.vocabulary.fingerprint == vocabulary.fingerprint
         assert found.config == run.config.model
     assert_same(load_init(str(finished_run)).params, jax.tree.map(np.asarray, run.params()[0]))
 

@@ -1,0 +1,166 @@
+"""A training run's folder: the settings and tokenizer it was started with, its data, its checkpoints.
+
+Each family says what is its own (which tokenizer, which data); what such a folder is, and when it may go on, is here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from core_flax import config as configs
+from core_flax.checkpoint import load_params
+from core_flax.config import MeshConfig, RunConfig
+from core_flax.evaluate import make_evaluate
+from core_flax.sharding import make_mesh, replicated
+from core_flax.task import Evaluator
+from core_flax.types import Params, UserError
+
+CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", "run.lock"
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Run(Generic[C]):
+    """What a run's folder says of it.
+
+    Attributes:
+      workdir: the folder.
+      kind: what is trained, such as "bert_flax.pretrain".
+      config: its settings.
+      data: the prepared folder that it is trained on.
+      content: fingerprint of what that folder holds.
+      tokenizer: fingerprint of its tokenizer.
+      facts: what else the family notes of a run, as JSON values.
+    """
+
+    workdir: Path
+    kind: str
+    config: C
+    data: Path
+    content: str
+    tokenizer: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, workdir: str | Path, kinds: Mapping[str, type[C]], **facts: type) -> "Run[C]":
+        """The run in a folder.
+
+        Args:
+          workdir: the folder.
+          kinds: the class of the settings, by kind of run.
+          facts: types of what the family notes.
+
+        Raises:
+          UserError: the folder holds none of these kinds of run, or it is damaged.
+        """
+        folder = local_folder("--workdir", str(workdir))
+        stored = configs.load(folder / CONFIG, kinds, data=str, content=str, tokenizer=str, **facts)
+        return cls(
+            workdir=folder,
+            kind=stored["kind"],
+            config=configs.load_config(folder / CONFIG, kinds[stored["kind"]], stored),
+            data=folder.absolute() / stored["data"],
+            content=stored["content"],
+            tokenizer=stored["tokenizer"],
+            facts={name: stored[name] for name in facts},
+        )
+
+    def save(self, tokenizer_file: str, write_tokenizer: Callable[[Path], None]) -> None:
+        """Write tokenizer and settings; config.json last, since it makes the folder a run.
+
+        Raises:
+          UserError: the disk is full, or does not let us write there.
+        """
+        with configs.writing(self.workdir):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        home = self.workdir.absolute()  # the folder of a run may be moved, with the data that is in it
+        data = self.data.relative_to(home) if self.data.is_relative_to(home) else self.data
+        with configs.replacing(self.workdir / tokenizer_file) as partial:
+            write_tokenizer(partial)
+        about = {"data": str(data), "content": self.content, "tokenizer": self.tokenizer}
+        configs.save(self.workdir / CONFIG, self.kind, self.config, **about, **self.facts)
+
+    def check_tokenizer(self, file: str, fingerprint: str) -> None:
+        """Raises UserError if a tokenizer read from the folder is not the one the run was started with."""
+        if fingerprint != self.tokenizer:
+            raise UserError(f"{self.workdir / file} is not the tokenizer that this run was started with; put it back")
+
+    def params(self, step: int | None = None, sharding: jax.sharding.Sharding | None = None) -> tuple[Params, int]:
+        """(parameters, step) of a checkpoint, the newest if step is None; on the first device without a sharding."""
+        return load_params(self.workdir / CHECKPOINTS, step, sharding)
+
+    def data_folder(self, given: str | None) -> Path:
+        """The folder of the data: the one given, else the run's. Raises UserError if the run's has been moved."""
+        if given is not None:
+            return local_folder("--data", given)
+        if not self.data.is_dir():
+            where = f"data folder {self.data}, which {self.workdir / CONFIG} names, is not there"
+            raise UserError(f"{where}; give its new place with --data")
+        return self.data
+
+    def check_continued_by(self, new: "Run[C]", preset_name: str) -> None:
+        """Raises UserError if ``new``, which is to go on in the same folder, is another run."""
+        if self.kind != new.kind:
+            raise UserError(f"{self.workdir} holds a run of {self.kind}, not of {new.kind}; give another --workdir")
+        if self.tokenizer != new.tokenizer:
+            raise UserError(
+                f"data folder {new.data} was made with another tokenizer than the run in {self.workdir}; "
+                f"give the data it was started with ({self.data}) or another --workdir"
+            )
+        if self.content != new.content:
+            raise UserError(
+                f"data folder {new.data} holds other text than the run in {self.workdir} was started with; "
+                f"give {self.data} or another --workdir"
+            )
+        changed = configs.differences(self.config, new.config)
+        if changed:
+            raise UserError(
+                f"{self.workdir} holds a run with other settings, which these cannot continue: {'; '.join(changed)}; "
+                f"where no option was given, these are preset {preset_name}'s; give the run's own preset and settings, "
+                "or another --workdir"
+            )
+
+
+def local_folder(option: str, folder: str) -> Path:
+    """The folder that an option names. Raises UserError if it names none, or one that is not a local file's."""
+    if not folder:
+        raise UserError(f"{option} is empty; give a folder")
+    if "://" in folder:
+        raise UserError(f"{option} {folder}: only local folders can be read and written yet; mount it, or copy it")
+    return Path(folder)
+
+
+def busy(workdir: Path) -> str:
+    """What is said if another process writes to a run's folder (``lock.only_writer``)."""
+    return f"another run is writing to {workdir}; stop it or give another --workdir"
+
+
+def with_vocabulary(config: C, is_given: bool, num_tokens: int) -> C:
+    """The settings with the tokenizer's number of tokens as ``model.vocab_size``, unless a size was asked for.
+
+    Raises:
+      UserError: the size asked for is smaller.
+    """
+    model: Any = getattr(config, "model")  # noqa: B009 (every family's config has one, RunConfig has not)
+    size = model.vocab_size if is_given else num_tokens
+    if size < num_tokens:
+        raise UserError(f"--model.vocab-size {size} is smaller than the data's vocabulary of {num_tokens} tokens")
+    return dataclasses.replace(config, **{"model": dataclasses.replace(model, vocab_size=size)})
+
+
+def evaluate(run: Run[Any], evaluator: Evaluator, step: int | None) -> tuple[dict[str, float], int]:
+    """(metrics, step) of a checkpoint, the newest if step is None.
+
+    On any number of devices, whatever the run had: as many as divide a batch, with the parameters whole on each.
+    """
+    train = run.config.train
+    num_devices = math.gcd(train.batch_size // train.num_microbatches, jax.device_count())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+    params, step = run.params(step, replicated(mesh))
+    return make_evaluate(evaluator, mesh)(params), step
