@@ -1,17 +1,15 @@
 """Fine-tune a Hugging Face folder with torch and transformers: the reference that our fine-tuning is compared with.
 
     python benchmarks/finetune_torch.py --tasks mrpc rte cola stsb --seeds 0 1 2 --data GLUE --weights HF --output JSONL
-    python benchmarks/finetune_torch.py --tasks qa --data FOLDER --weights HF --output JSONL
 
 The loop is that of transformers' run_glue, run_qa and run_ner: batch 32, AdamW, weight decay 0.01 (none on biases and
 LayerNorm), clipping to norm 1, a warmup of 10 % and a linear decay to 0, dropout 0.1, float32, on all cores. It shares
 no code with ours: readers, label order and metrics are written anew or scipy's, scikit-learn's and seqeval's.
 
 --data is a folder in GLUE's layout (MRPC/train.tsv ...); for ner the folder of eng.train and eng.testa; for qa that of
-tydiqa_en/tydiqa.goldp.en.train.json and squad/dev-v1.1.json, whose articles at SCORED_ARTICLES are scored while the
-others are trained on. Metrics are in percent, of the whole dev set, after every epoch. Each run (task, seed) appends a
-line of JSON to --output; a run that the file holds already is not repeated. Needs the extra [parity], and scipy,
-scikit-learn and seqeval.
+train-v1.1.json and dev-v1.1.json. Metrics are in percent, of the whole dev set, after every epoch. Each run (task,
+seed) appends a line of JSON to --output; a run that the file holds already is not repeated. Needs the extra [parity],
+and scipy, scikit-learn and seqeval.
 """
 
 import argparse
@@ -45,16 +43,12 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 RECIPE = {"batch": 32, "weight_decay": 0.01, "clip_norm": 1.0, "warmup": 0.1, "dropout": 0.1}
 BATCH, UNTIMED_STEPS = RECIPE["batch"], 5
-SCORED_ARTICLES = (3, 8, 13, 18, 23, 28, 33, 38, 43, 47)
-STRIDE, MAX_ANSWER, N_BEST = 128, 30, 20
-"""Tokens that neighbouring windows share (run_qa's meaning of the word), longest answer, candidates per window."""
+STRIDE, MAX_QUESTION, MAX_ANSWER, N_BEST = 128, 64, 30, 20
+"""Tokens from window to window (run_qa's stride is what they share) and of the longest question and answer; n-best."""
 
 TAGS = ("O", *(f"{place}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for place in "BI"))
-IGNORED = -100
-"""torch's label for places without a loss."""
-
-PADS = {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0}
-"""A model's inputs and what pads them (0 is BERT's [PAD])."""
+PADS, IGNORED = {"input_ids": 0, "token_type_ids": 0, "attention_mask": 0}, -100
+"""A model's inputs and what pads them (0 is BERT's [PAD]); torch's label for places without a loss."""
 
 
 @dataclass(frozen=True)
@@ -153,14 +147,12 @@ def read_conll(path: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def make_qa(task: str, tokenizer: Any, options: argparse.Namespace) -> Workload:
-    """Questions as windows: TyDi QA's and most of SQuAD's dev set to learn, SCORED_ARTICLES to score."""
-    tydi = json.loads((options.data / "tydiqa_en" / "tydiqa.goldp.en.train.json").read_text(encoding="utf-8"))["data"]
-    squad = json.loads((options.data / "squad" / "dev-v1.1.json").read_text(encoding="utf-8"))["data"]
-    read = list(questions([*tydi, *(each for index, each in enumerate(squad) if index not in SCORED_ARTICLES)]))
+    """Questions as windows. An answer that is not where the file says is not learned from."""
+    read = list(questions(options.data / "train-v1.1.json"))
     whole = [each for each in read if each[1].startswith(each[2][0]["text"], each[2][0]["answer_start"])]
     kept = whole[: options.max_train_rows]
     train, _ = windows(tokenizer, kept, options.length)
-    scored = list(questions([squad[index] for index in SCORED_ARTICLES]))
+    scored = list(questions(options.data / "dev-v1.1.json"))
     dev, places = windows(tokenizer, scored, options.length)
 
     def score(outputs: list[np.ndarray]) -> dict[str, float]:
@@ -176,9 +168,9 @@ def make_qa(task: str, tokenizer: Any, options: argparse.Namespace) -> Workload:
     return Workload(transformers.AutoModelForQuestionAnswering, 2, train, dev, score, facts)
 
 
-def questions(articles: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
-    """Question, context and answers of everything in these articles."""
-    for article in articles:
+def questions(path: Path) -> Iterator[tuple[str, str, list[dict]]]:
+    """Question, context and answers of everything in a file."""
+    for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
         for paragraph in article["paragraphs"]:
             for each in paragraph["qas"]:
                 yield each["question"].lstrip(), paragraph["context"], each["answers"]
@@ -186,22 +178,30 @@ def questions(articles: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
 
 def windows(tokenizer: Any, rows: list, length: int) -> tuple[list[dict], list[tuple[int, list]]]:
     """Windows with the first answer's place ([CLS] where it is not whole), and each one's row and context offsets."""
-    texts = [question for question, _, _ in rows], [context for _, context, _ in rows]
-    ways = {"return_overflowing_tokens": True, "return_offsets_mapping": True}
-    batch = tokenizer(*texts, truncation="only_second", max_length=length, stride=STRIDE, **ways)
-    features, places = unbatch(batch), []
-    for index, feature in enumerate(features):
-        row, parts = batch["overflow_to_sample_mapping"][index], batch.sequence_ids(index)
-        pairs = zip(batch["offset_mapping"][index], parts, strict=True)
-        offsets = [pair if part == 1 else None for pair, part in pairs]
-        begin, answer = rows[row][2][0]["answer_start"], rows[row][2][0]["text"]
-        first, last = (
-            [place for place, pair in enumerate(offsets) if pair and pair[0] <= letter < pair[1]]
-            for letter in (begin, begin + len(answer) - 1)
-        )
-        feature["start_positions"], feature["end_positions"] = (first[0], last[-1]) if first and last else (0, 0)
-        places.append((row, offsets))
+    ways: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    asked = tokenizer([question for question, _, _ in rows], truncation=True, max_length=MAX_QUESTION, **ways)
+    read = tokenizer([context for _, context, _ in rows], return_offsets_mapping=True, **ways)
+    features, places = [], []
+    for row, (_, _, answers) in enumerate(rows):
+        context, characters = read["input_ids"][row], read["offset_mapping"][row]
+        head = [tokenizer.cls_token_id, *asked["input_ids"][row], tokenizer.sep_token_id]
+        room = length - len(head) - 1
+        for begin in range(0, max(1, len(context) - room + STRIDE), STRIDE):
+            part = [*context[begin : begin + room], tokenizer.sep_token_id]
+            offsets = [None] * len(head) + characters[begin : begin + room] + [None]
+            first, last = answers[0]["answer_start"], answers[0]["answer_start"] + len(answers[0]["text"]) - 1
+            ends = find(offsets, first), find(offsets, last)
+            start, end = ends if all(ends) else (0, 0)
+            inputs = head + part, [0] * len(head) + [1] * len(part), [1] * len(offsets)
+            labels = {"start_positions": start, "end_positions": end}
+            features.append(dict(zip(PADS, inputs, strict=True)) | labels)
+            places.append((row, offsets))
     return features, places
+
+
+def find(offsets: list, letter: int) -> int:
+    """The token that a character of the context is part of; 0, which is [CLS], if there is none."""
+    return next((place for place, pair in enumerate(offsets) if pair and pair[0] <= letter < pair[1]), 0)
 
 
 def best_span(logits_L2: np.ndarray, offsets: list, context: str) -> tuple[float, str]:
