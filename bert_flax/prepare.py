@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from bert_flax import vocabulary_sample
-from core_flax.config import check_range
+from core_flax.config import check_range, local_folder
 from core_flax.data import corpora, records
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
@@ -98,9 +98,9 @@ def prepare(config: PrepareConfig) -> records.Manifest:
         UserError: the input or the settings cannot be used, or the output folder holds something else.
         Terminated: SIGTERM came. As after any error, what was written is removed.
     """
+    directory = local_folder("--output", config.output)
     vocabulary = _check(config)
     settings = _settings(config, vocabulary)
-    directory = Path(config.output)
     if (directory / records.MANIFEST).exists():
         return _replace(config) if config.overwrite else _already_prepared(directory, settings)
     with _sigterm_raises(), _own_folder(config):

@@ -55,7 +55,7 @@ def export_hf(workdir: str, output: str, step: int | None = None) -> None:
       step: of the checkpoint; None: the newest, of fine-tuning the best.
     """
     home = _new_folder(output)
-    pretrained = load_init(workdir, step)
+    pretrained = load_init(str(configs.local_folder("--workdir", workdir)), step)
     save_pretrained(home, pretrained.config, pretrained.params, pretrained.vocabulary, pretrained.head)
     print(f"{output}: {_size(pretrained)}")
     for line in pretrained.report.lines():
@@ -165,7 +165,7 @@ def _kind(folder: Path) -> str | None:
 
 
 def _new_folder(output: str) -> Path:
-    folder = Path(output)
+    folder = configs.local_folder("--output", output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {output} is there already, and not empty; give a new folder")
     return folder

@@ -19,7 +19,7 @@ from core_flax.data.records import Manifest, PassageStore
 from core_flax.lock import only_writer
 from core_flax.loop import train
 from core_flax.program import check_settings, make_program
-from core_flax.run import CONFIG, LOCK, Run, busy, local_folder, with_vocabulary
+from core_flax.run import CONFIG, LOCK, Run, busy, with_vocabulary
 from core_flax.run import evaluate as run_evaluate
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
@@ -67,7 +67,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
     Raises:
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
-    workdir = local_folder("--workdir", command.workdir)
+    workdir = configs.local_folder("--workdir", command.workdir)
     optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
     asked = dataclasses.replace(settings_of(command, PretrainConfig), optimizer=optimizer)
     _check_model(asked)
@@ -77,7 +77,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
         if old:
             data = old.data_folder(command.data)
         else:
-            data = _own_text(workdir) if command.data is None else local_folder("--data", command.data)
+            data = _own_text(workdir) if command.data is None else configs.local_folder("--data", command.data)
         store = PassageStore(data, "train")
         vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
         config = with_vocabulary(asked, "--model.vocab-size" in given, vocabulary.num_tokens)

@@ -293,6 +293,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def local_folder(option: str, folder: str) -> Path:
+    """The folder that an option names. Raises UserError if it names none, or one that is not a local file's."""
+    if not folder:
+        raise UserError(f"{option} is empty; give a folder")
+    if "://" in folder:
+        raise UserError(f"{option} {folder}: only local folders can be read and written yet; mount it, or copy it")
+    return Path(folder)
+
+
 def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
     """Write config.json atomically: format version, kind of run, settings, and what else identifies the run.
 

@@ -59,7 +59,7 @@ class Run(Generic[C]):
         Raises:
           UserError: the folder holds none of these kinds of run, or it is damaged.
         """
-        folder = local_folder("--workdir", str(workdir))
+        folder = configs.local_folder("--workdir", str(workdir))
         stored = configs.load(folder / CONFIG, kinds, data=str, content=str, tokenizer=str, **facts)
         return cls(
             workdir=folder,
@@ -98,7 +98,7 @@ class Run(Generic[C]):
     def data_folder(self, given: str | None) -> Path:
         """The folder of the data: the one given, else the run's. Raises UserError if the run's has been moved."""
         if given is not None:
-            return local_folder("--data", given)
+            return configs.local_folder("--data", given)
         if not self.data.is_dir():
             where = f"data folder {self.data}, which {self.workdir / CONFIG} names, is not there"
             raise UserError(f"{where}; give its new place with --data")
@@ -125,15 +125,6 @@ class Run(Generic[C]):
                 f"where no option was given, these are preset {preset_name}'s; give the run's own preset and settings, "
                 "or another --workdir"
             )
-
-
-def local_folder(option: str, folder: str) -> Path:
-    """The folder that an option names. Raises UserError if it names none, or one that is not a local file's."""
-    if not folder:
-        raise UserError(f"{option} is empty; give a folder")
-    if "://" in folder:
-        raise UserError(f"{option} {folder}: only local folders can be read and written yet; mount it, or copy it")
-    return Path(folder)
 
 
 def busy(workdir: Path) -> str:

@@ -232,6 +232,10 @@ def test_a_folder_that_is_none(refuse, bert_flax, tmp_path, monkeypatch, folder,
         ("--data", bert_flax.pretrain("run", data=folder)),
         ("--workdir", ["evaluate", f"--workdir={folder}"]),
         ("--workdir", ["fill-mask", "The [MASK].", f"--workdir={folder}"]),
+        ("--output", ["prepare", "--input=python:docs", f"--output={folder}"]),
+        ("--output", ["import-hf", "model", f"--output={folder}"]),
+        ("--output", ["export-hf", "--workdir=run", f"--output={folder}"]),
+        ("--workdir", ["export-hf", f"--workdir={folder}", "--output=new"]),
     ):
         line = refuse(*command)
         assert option in line and message in line
