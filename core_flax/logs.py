@@ -305,7 +305,7 @@ class Progress:
                 rate = (last.tokens - self._first.tokens) / (last.seconds - self._first.seconds)
                 lines[0] += f", {_count(rate)} tokens/s (compilation, evaluation and checkpoints apart)"
         if self._values:
-            lines.append("last: " + "  ".join(f"{name} {value:#.4g}" for name, value in self._values.items()))
+            lines.append("training, last: " + "  ".join(f"{name} {value:#.4g}" for name, value in self._values.items()))
         if checkpoints is not None:
             lines.append(f"checkpoints: {checkpoints}")
         return lines

@@ -72,6 +72,7 @@ def _steps(
     batch_size, last = config.train.batch_size, config.train.num_steps
     rows = sharding.host_rows(batch_size, program.mesh)
     held_out: Mapping[str, float] = {}
+    compiled = set()
     with contextlib.closing(task.batches(start, rows)) as batches:
         for step in range(start + 1, last + 1):
             began = time.perf_counter()
@@ -79,7 +80,11 @@ def _steps(
             num_rows = len(next(iter(local.values()))) * batch_size // len(rows)  # packed: not one for each example
             batch = sharding.place_batch(local, num_rows, program.mesh)
             wait = time.perf_counter() - began
-            state, metrics = program.step(state, batch)
+            shapes = frozenset((name, array.shape) for name, array in batch.items())
+            # A step of new shapes is compiled before the call returns.
+            with contextlib.nullcontext() if shapes in compiled else recorder.pause("compiling"):
+                state, metrics = program.step(state, batch)
+            compiled.add(shapes)
             recorder.record(step, metrics, wait)
             held_out = after(step, state)
     return held_out

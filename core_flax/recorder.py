@@ -182,7 +182,7 @@ class Recorder:
                 named = {f"{name}/{key}": value for key, value in metrics.items()}
                 if not any(self._file.has(step, key) for key in named):  # as a run that was complete has
                     self._write(step, named)
-                figures = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+                figures = "  ".join(f"{key} {_shown(value)}" for key, value in metrics.items())
                 self._progress.message(f"step {step} {name}: {figures}")
         return held_out
 
@@ -206,6 +206,10 @@ class Recorder:
 def is_multiple(interval: int, step: int) -> bool:
     """Whether something that happens every ``interval`` steps happens after this one; 0: never."""
     return interval > 0 and step % interval == 0
+
+
+def _shown(figure: float) -> str:
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4f}"  # a count, or not
 
 
 def _peak_flops(mesh: Mesh) -> float | None:

@@ -276,7 +276,7 @@ def test_summary(tmp_path):
     progress.update(1000, {"loss": 2.34567, "mlm_accuracy": 0.5})
     assert progress.summary(tmp_path) == [
         "1000 steps in 2m30s, 512k tokens, 5.12k tokens/s (compilation, evaluation and checkpoints apart)",
-        "last: loss 2.346  mlm_accuracy 0.5000",
+        "training, last: loss 2.346  mlm_accuracy 0.5000",
         f"checkpoints: {tmp_path}",
     ]
 
@@ -289,7 +289,7 @@ def test_the_summary_of_a_single_step_tells_no_rate():
     progress.start_clock(1)
     clock.now += 0.01
     progress.update(1, {"loss": 9.0})
-    assert progress.summary() == ["1 step in 20s, 512 tokens", "last: loss 9.000"]
+    assert progress.summary() == ["1 step in 20s, 512 tokens", "training, last: loss 9.000"]
 
 
 def test_summary_of_a_run_that_was_complete():

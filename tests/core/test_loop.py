@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,27 @@ def run(workdir, task=None, config=CONFIG, **sections):
 
 def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+# Rates
+
+
+def test_rates_leave_out_the_compilation_of_another_shape(tmp_path):
+    """Step 4 has twice the rows, and is said to take half a second to compile: more than all the steps together."""
+
+    def batches(start, rows):
+        for step in range(6):
+            yield {name: np.repeat(x, 1 + (step == 3), 0) for name, x in batch_of(step).items()}
+
+    task = dataclasses.replace(make_task(), batches=batches)
+    program = make_program(task, CONFIG, jax.devices()[:1])
+
+    def step(state, batch):
+        time.sleep(0.5 * (len(batch["x"]) > B))
+        return program.step(state, batch)
+
+    train(task, CONFIG, dataclasses.replace(program, step=step), tmp_path)
+    assert 5 * B / records(tmp_path)[-1]["sequences_per_second"] < 0.5
 
 
 # What is not finite

@@ -52,7 +52,7 @@ def test_from_text_to_filled_masks(bert_flax, corpus, tmp_path):
         *[rf"step {step}/6  loss {number}  mlm_accuracy .* tokens/s .*" for step in (5, 6)],
         rf"step 6 held_out: .*mlm_loss {number}  .*",
         r"6 steps in \d+s, 1.54k tokens, .*",
-        rf"last: loss {number}  .*",
+        rf"training, last: loss {number}  .*",
         f"checkpoints: {workdir}/checkpoints",
     ]
     lines = done.stdout.splitlines()
