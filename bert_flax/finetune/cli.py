@@ -73,8 +73,10 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     from bert_flax.finetune.files import glue_tasks
     from bert_flax.finetune.readers import TFDS
     from bert_flax.finetune.tasks import GLUE, TASKS
+    from core_flax.config import local_folder
 
     command = parse(TASKS["mrpc"])
+    home = local_folder("--workdir", command.workdir)
     wanted = {"train", "dev"}
     there = dict.fromkeys(GLUE, tuple(wanted)) if command.data.startswith(TFDS) else glue_tasks(Path(command.data))
     missing = {name: sorted(wanted - set(there.get(name, ()))) for name in GLUE}
@@ -86,8 +88,8 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
             print(f"{name}: left out, {command.data} lacks its {' and '.join(splits)} split")
     for name in complete:
         one = parse(TASKS[name])
-        finetune(name, dataclasses.replace(one, workdir=str(Path(one.workdir) / name)))
-    finish_all(Path(command.workdir), complete)
+        finetune(name, dataclasses.replace(one, workdir=str(home / name)))
+    finish_all(home, complete)
 
 
 def predict(argv: Sequence[str]) -> None:

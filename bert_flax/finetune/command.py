@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from bert_flax.finetune.data import load_data
 from bert_flax.finetune.model import architecture, num_outputs
 from bert_flax.finetune.readers import find_labels
 from bert_flax.finetune.runs import Origin, Result, TaskChoice, best_run, run
+from bert_flax.finetune.score import is_per_cent
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
@@ -25,7 +27,7 @@ from core_flax import config as configs
 from core_flax.sharding import check_batch_size, make_mesh
 from core_flax.types import UserError
 
-RESULTS = "results.json"
+RESULTS, SWEEP = "results.json", "sweep"
 SWEEP_BATCH_SIZES, SWEEP_LEARNING_RATES, SWEEP_EPOCHS = (16, 32), (5e-5, 3e-5, 2e-5), (2, 3, 4)
 """The grid of the paper (arXiv 1810.04805, appendix A.3)."""
 
@@ -80,20 +82,20 @@ def finetune(name: str, command: FinetuneCommand) -> None:
         raise UserError(
             "--columns and --regression go with the task custom: bert-flax finetune custom --columns text=...,label=..."
         )
+    home = configs.local_folder("--workdir", command.workdir)
     _check_batch_sizes(command)
     labels = find_labels(command.columns, command.data) if name == "custom" and not command.regression else ()
     task = TaskChoice(name, command.columns, labels, command.regression)
     pretrained, init = _pretrained(task.spec, command)
     data = load_data(task.spec, command.data, pretrained.vocabulary, command.inputs)
-    for line in (*pretrained.report.lines(), *data.remarks):
+    for line in (*_about(pretrained, init), *data.remarks):
         print(line)
     start = partial(
         run, task=task, pretrained=pretrained, data=data, origin=Origin.of(command.data, data, init, pretrained)
     )
-    home = Path(command.workdir)
     settings, sweep = command.settings, {}
     if command.sweep:
-        settings, sweep = _sweep(home / "sweep", task.spec, settings, start)
+        settings, sweep = _sweep(home, task.spec, settings, start)
     results = []
     for seed in range(command.seed, command.seed + command.seeds):
         print(f"{name}, seed {seed}", flush=True)
@@ -101,6 +103,7 @@ def finetune(name: str, command: FinetuneCommand) -> None:
     summary = summarize(task.spec, results, sweep)
     _write(home / RESULTS, summary)
     print(table(summary))
+    print(f"written to {home / RESULTS}")
 
 
 def _check_batch_sizes(command: FinetuneCommand) -> None:
@@ -125,6 +128,13 @@ def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, s
     if command.keep_head:
         found = dataclasses.replace(found, params={**found.params, "head": _head(spec, found, command.init)})
     return found, command.init
+
+
+def _about(pretrained: Pretrained, init: str) -> list[str]:
+    """Lines on what the runs begin with. That it has no heads of pretraining is as it should be."""
+    report, head = pretrained.report, "its head" if "head" in pretrained.params else "a new head"
+    first = f"begins with the encoder of {init} ({', '.join(report.files)}) and {head}"
+    return [first, *(f"unused: {name}" for name in report.unused), *report.notes]
 
 
 def _head(spec: TaskSpec, found: Pretrained, init: str) -> Mapping[str, np.ndarray]:
@@ -157,9 +167,9 @@ def _places(spec: TaskSpec, labels: Sequence[str] | None, init: str) -> list[int
 
 
 def _sweep(
-    folder: Path, spec: TaskSpec, settings: FinetuneSettings, start: Callable[..., Result]
+    home: Path, spec: TaskSpec, settings: FinetuneSettings, start: Callable[..., Result]
 ) -> tuple[FinetuneSettings, dict[str, float]]:
-    """The settings with the best recipe, and the primary figure of each."""
+    """The settings with the best recipe, and the primary figure of each. Its run becomes that of the first seed."""
     figures, recipes = {}, {}
     grid = list(itertools.product(SWEEP_BATCH_SIZES, SWEEP_LEARNING_RATES, SWEEP_EPOCHS))
     for number, (batch_size, rate, epochs) in enumerate(grid, 1):
@@ -171,21 +181,33 @@ def _sweep(
             train=dataclasses.replace(settings.train, batch_size=batch_size),
             optimizer=dataclasses.replace(settings.optimizer, learning_rate=rate),
         )
-        result = start(folder / name, settings=recipes[name])
+        result = start(home / SWEEP / name, settings=recipes[name])
         figures[name] = result.last[f"dev/{spec.primary}"]
     best = max(figures, key=lambda name: figures[name])
     print(f"{spec.name}: best recipe on the dev set is {best}: {spec.primary} {figures[best]:.2f}")
+    _copy(home / SWEEP / best, home / f"seed-{settings.seed}")
     return recipes[best], figures
+
+
+def _copy(folder: Path, new: Path) -> None:
+    """Copies a complete run to a folder that is not there yet, all of it or nothing."""
+    if not new.exists():
+        partial = folder.with_name("copy")
+        with configs.writing(new):
+            shutil.rmtree(partial, ignore_errors=True)  # of a copy that was interrupted
+            shutil.copytree(folder, partial)
+            partial.rename(new)
 
 
 def summarize(spec: TaskSpec, results: Sequence[Result], sweep: Mapping[str, float]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of every figure after the last epoch and at the best evaluation.
 
-    A figure that a seed lacks (F1 of a type of entity that it does not predict and the data does not have) is none of
-    that seed's.
+    What is counted in examples or is a threshold is no such figure; ``runs`` has it. A figure that a seed lacks (F1 of
+    a type of entity that it does not predict and the data does not have) is none of that seed's.
     """
     figures: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(name for result in results for name in (*result.last, *result.best)):
+    names = dict.fromkeys(name for result in results for name in (*result.last, *result.best))
+    for name in (name for name in names if is_per_cent(name)):
         for moment in ("last", "best"):
             values = [told[name] for result in results if name in (told := getattr(result, moment))]
             figures.setdefault(name, {})[moment] = {
@@ -226,6 +248,7 @@ def finish_all(home: Path, names: Sequence[str]) -> None:
         cells = "  ".join(f"{_cell(**moments[moment]):>15}" for moment in ("last", "best"))
         seconds = statistics.fmean(summary["seconds"])
         print(f"{name:<8} {summary['primary'].removeprefix('dev/'):<14} {cells}  {seconds:>7.0f}")
+    print(f"written to {home / RESULTS}")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from core_flax.hardware import compute_dtype
 from core_flax.sharding import make_mesh, replicated, ways_of_batch
 from core_flax.types import UserError
 
-NULL_THRESHOLD = "dev/null_threshold"
+NULL_THRESHOLD, NO_ANSWER = "dev/null_threshold", "(no answer)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,16 @@ class PredictCommand:
             raise UserError("--data FILE and --output FILE go together")
         if self.text is None and self.text_pair is not None:
             raise UserError("--text-pair goes with --text")
-        if self.data is None and (self.null_odds or self.n_best):
+        if self.data is None and (self.null_odds, self.n_best) != (None, None):
             raise UserError("--null-odds and --n-best go with --data FILE")
         for option, text in (("--text", self.text), ("--text-pair", self.text_pair)):
             if text is not None and not text.strip():
                 raise UserError(f"{option} is empty")
             if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
                 raise UserError(f"{option} is not UTF-8")
+        for option, path in (("--output", self.output), ("--null-odds", self.null_odds), ("--n-best", self.n_best)):
+            if path is not None and (not path or "://" in path):
+                raise UserError(f"{option} {path or 'is empty'}: only local files can be written; give the path of one")
         written = [Path(path).resolve() for path in (self.output, self.null_odds, self.n_best, self.data) if path]
         if len(set(written)) < len(written):
             raise UserError("--data, --output, --null-odds and --n-best must be different files")
@@ -72,7 +75,7 @@ def run(command: PredictCommand) -> None:
     Raises:
       UserError: the file, the text or the folder does not fit.
     """
-    found = best_run(command.workdir)
+    found = best_run(str(configs.local_folder("--workdir", command.workdir)))
     spec = found.task.spec
     if (command.null_odds and not spec.unanswerable) or (command.n_best and spec.kind != "span"):
         raise UserError(f"--null-odds is for squad2, --n-best for squad and squad2; this run is of task {spec.name}")
@@ -158,7 +161,12 @@ def _show(spec: TaskSpec, example: Any, found: Predictions) -> None:
         case "span":
             (rows,) = spans.n_best_lists(found.answers, spec.unanswerable).values()
             for row in rows[:5]:
-                print(f"{row['probability']:7.1%}  {row['text'] or '(no answer)'}")
+                print(f"{row['probability']:7.1%}  {row['text'] or NO_ANSWER}")
+            if found.null_threshold is not None:
+                odds = found.answers[example.id].null_odds
+                side = "above" if odds > found.null_threshold else "not above"
+                why = f"null odds {odds:.2f}, {side} {found.null_threshold:.2f}, the best threshold on the dev set"
+                print(f"prediction: {value or NO_ANSWER} ({why})")
         case "tagging":
             for word, tag in zip(example.words, value, strict=True):
                 print(f"{word}\t{tag}")

@@ -181,6 +181,7 @@ def run(
             _check_resumable(FinetuneRun.load(folder), new)
         done = Result.load(folder)
         if done and done.last_step == config.train.num_steps:
+            print(f"complete already: {folder}", flush=True)
             return done
         row_multiple = ways_of_batch(make_mesh(config.mesh)) * config.train.num_microbatches
         learned = make_task(config, task.spec, data.train, data.held_out, pretrained.params, row_multiple)

@@ -7,6 +7,7 @@ and the names ending in ``_thresh`` null odds.
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,11 @@ _CLASSIFICATION = {
     "pearson": classification.pearson,
     "spearman": classification.spearman,
 }
+
+
+def is_per_cent(name: str) -> bool:
+    """Whether the figure of this name is one of quality, not a count or a threshold; ``dev/`` may stand before it."""
+    return not re.search(r"(total|missing|thresh|threshold)$", name)
 
 
 def label_scores(spec: TaskSpec, predictions: Sequence[float], labels: Sequence[float]) -> Scores:
@@ -124,6 +130,11 @@ def score_file(
 
 
 def _find_task(name: str) -> TaskSpec:
+    if name == "custom":
+        raise UserError(
+            "task custom has no columns and labels by which to score; bert-flax finetune custom measures it on its dev "
+            "file (results.json), and a task with a name can be scored (docs/finetune.md)"
+        )
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}{suggest(name, TASKS)}; tasks are {', '.join(TASKS)}")
     return TASKS[name]

@@ -53,6 +53,7 @@ def test_two_seeds_and_a_table(mrpc):
         assert run["last"].items() <= by_step[24].items() and run["best"].items() <= by_step[run["best_step"]].items()
         assert run["best"]["dev/f1"] == max(record["dev/f1"] for record in by_step.values())
         assert run["best_step"] in list_steps(workdir / f"seed-{seed}" / "checkpoints")
+    assert set(stored["figures"]) == {"dev/accuracy", "dev/f1"} and stored["runs"][0]["last"]["dev/total"] == 13
     for name, moments in stored["figures"].items():
         for moment in ("last", "best"):
             values = [run[moment][name] for run in stored["runs"]]
@@ -65,6 +66,7 @@ def test_two_seeds_and_a_table(mrpc):
     assert re.match(r"mrpc, 2 seeds, \d+ s each +last epoch +best epoch", lines[-5])
     mean, deviation = (stored["figures"]["dev/f1"]["last"][name] for name in ("mean", "deviation"))
     assert f"{mean:.2f} ± {deviation:.2f}" in lines[-3] and lines[-3].endswith("*")
+    assert lines[-1] == f"written to {workdir / 'results.json'}"
 
 
 def test_complete_runs_are_taken_as_they_are(mrpc, model, glue, tmp_path):
@@ -73,7 +75,10 @@ def test_complete_runs_are_taken_as_they_are(mrpc, model, glue, tmp_path):
     data, init = shutil.copytree(glue, tmp_path / "glue"), shutil.copytree(model, tmp_path / "model")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "results.json"}
     printed = right(here(*arguments("mrpc", data / "MRPC", workdir, init=init, seeds=2)))
-    assert "step" not in printed and printed.splitlines()[-5:] == mrpc[1].splitlines()[-5:]
+    assert "step" not in printed and printed.splitlines()[-5:-1] == mrpc[1].splitlines()[-5:-1]
+    assert [line for line in printed.splitlines() if line.startswith("complete already: ")] == [
+        f"complete already: {workdir / name}" for name in ("seed-0", "seed-1")
+    ]
     assert {path: path.read_bytes() for path in before} == before
     assert (workdir / "results.json").read_text() == (mrpc[0] / "results.json").read_text()
 
@@ -159,8 +164,14 @@ def test_the_threshold_of_null_odds_is_that_of_the_dev_set(squad2, tmp_path):
     other = next(step for step, figures in by_step.items() if figures["dev/null_threshold"] != threshold)
     right(here("predict", "--workdir", workdir, "--data", dev, "--output", tmp_path / "y", "--step", other))
     assert scores("squad2", tmp_path / "y", dev)["f1"] == pytest.approx(by_step[other]["dev/f1"], abs=0.005)
-    printed = right(here("predict", "--workdir", workdir, "--text", "Who?", "--text-pair", "In the river, a good dog."))
-    assert len(printed.splitlines()) == 5 and re.match(r" *\d+\.\d%  ", printed)
+    example = ["--text", "Who?", "--text-pair", "In the river, a good dog."]
+    *rows, chosen = right(here("predict", "--workdir", workdir, *example)).splitlines()
+    assert len(rows) == 5 and all(re.match(r" *\d+\.\d%  ", row) for row in rows)
+    told = re.fullmatch(r"prediction: (.+) \(null odds (\S+), (above|not above) (\S+), the best .*\)", chosen)
+    answer, null_odds, side, shown = told.groups()
+    assert shown == f"{threshold:.2f}" and side == ("above" if float(null_odds) > float(shown) else "not above")
+    texts = [row.split("%  ")[1] for row in rows]
+    assert answer == ("(no answer)" if side == "above" else next(text for text in texts if text != "(no answer)"))
 
 
 def test_tags_of_sentences_with_their_documents(model, tmp_path):
@@ -195,7 +206,7 @@ def test_a_table_of_ones_own_from_another_task(mrpc, tmp_path):
     options = QUICK | {"columns": "text=first,text_pair=second,label=how near", "epochs": 1}
     options["optimizer__learning_rate"] = 1e-12
     printed = right(here(*arguments("custom", data, run, "--regression", init_from_task=mrpc[0], **options)))
-    assert "custom, train: 16 examples" in printed and "missing, new where it is needed: head of the task" in printed
+    assert "custom, train: 16 examples" in printed and "and a new head" in printed
     before, after = load_init(str(mrpc[0])), load_init(str(run))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), dict(after.params), dict(before.params))
     assert before.head.kernel.shape == (16, 2) and after.head.kernel.shape == (16, 1)

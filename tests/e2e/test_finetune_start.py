@@ -27,7 +27,8 @@ def started(monkeypatch):
     def run(folder, task, settings, pretrained, data, origin):
         figures = {f"dev/{task.spec.primary}": settings.optimizer.learning_rate * 1e5 + settings.epochs / 100}
         found.append((folder, task, settings, pretrained))
-        folder.mkdir(parents=True)
+        if not folder.exists():
+            small_tasks.put(folder / "of", folder.name)
         return Result(task.name, settings.seed, figures, figures, 1, 1, 1.0, False)
 
     monkeypatch.setattr(finetune_command, "run", run)
@@ -60,6 +61,9 @@ def test_the_grid_is_tried_and_the_best_recipe_given_to_the_seeds(started, model
     assert "best recipe on the dev set is batch4_lr3e-05_epochs2: accuracy 3.02" in printed
     sweep = json.loads((tmp_path / "results.json").read_text())["sweep"]
     assert list(sweep) == recipes and max(sweep, key=sweep.get) == "batch4_lr3e-05_epochs2"
+    # The run that was best is not trained again: it is the first seed's.
+    made = {path.parent.name: path.read_text() for path in tmp_path.rglob("of")}
+    assert made == {recipe: recipe for recipe in recipes} | {"seed-5": "batch4_lr3e-05_epochs2", "seed-6": "seed-6"}
 
 
 def test_the_papers_grid():
@@ -78,6 +82,8 @@ def test_all_of_glue_that_is_there(started, model, glue, tmp_path):
     assert f"qqp: left out, {data} lacks its dev and train split" in lines
     assert [task.name for _, task, _, _ in started] == [name for name in names for _ in range(2)]
     assert {folder.parent for folder, *_ in started} == {tmp_path / "run" / name for name in names}
+    *lines, last = lines
+    assert last == f"written to {tmp_path / 'run' / 'results.json'}"
     shown = [line.split()[:2] for line in lines[-4:]]
     assert shown == [["task", "metric"], ["cola", "matthews"], ["mrpc", "f1"], ["stsb", "spearman"]]
     assert "5.08 ± 0.00" in lines[-1] and lines[-1].endswith(" 1")
@@ -138,12 +144,15 @@ def test_what_is_left_out_is_told_and_not_trained_on(started, model, tmp_path):
         ({"optimizer__learning_rat": 1}, "did you mean --optimizer.learning-rate?"),
         ({"init": "nowhere"}, "nowhere is no folder"),
         ({"data": "nowhere"}, "--data nowhere does not exist"),
+        ({"workdir": ""}, "--workdir is empty"),
+        ({"workdir": "gs://a/b"}, "--workdir gs://a/b: only local folders"),
     ],
     ids=str,
 )
 def test_settings(model, glue, tmp_path, options, message):
     given = {"init": model} | options
-    assert message in refused(*arguments("mrpc", given.pop("data", glue), tmp_path / "run", **given))
+    places = given.pop("data", glue), given.pop("workdir", tmp_path / "run")
+    assert message in refused(*arguments("mrpc", *places, **given))
     assert not (tmp_path / "run").exists()
 
 
@@ -257,6 +266,9 @@ def test_another_run_is_refused_with_the_difference(mrpc, model, glue, tmp_path,
         ({"data": "x", "output": "y"}, "cannot read x"),
         ({"text": "x", "text_pair": "y", "step": 5}, "no checkpoint of step 5"),
         ({"text": "x", "text_pair": "y", "workdir": "nowhere"}, "nowhere holds no complete run"),
+        ({"text": "x", "text_pair": "y", "workdir": ""}, "--workdir is empty"),
+        ({"data": "x", "output": ""}, "--output is empty: only local files"),
+        ({"data": "x", "output": "y", "n_best": "gs://a/b"}, "--n-best gs://a/b: only local files"),
     ],
     ids=str,
 )

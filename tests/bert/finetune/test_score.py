@@ -135,6 +135,7 @@ def test_files_that_are_not_there_and_tasks_that_do_not_exist(tmp_path, rte):
     path = submission(tmp_path / "p.tsv", ANSWERS)
     assert "cannot read" in refusal("rte", path, tmp_path)
     assert "unknown task 'rtf'; did you mean rte?" in refusal("rtf", path, rte)
+    assert "task custom has no columns and labels by which to score" in refusal("custom", path, rte)
     assert "has no column 'label'" in refusal("rte", path, write(tmp_path / "t.tsv", "sentence1\tsentence2\na\tb\n"))
     twice = write(tmp_path / "dev.tsv", RTE + RTE.split("\n")[1] + "\n")
     assert "'0' comes twice" in refusal("rte", path, twice)
