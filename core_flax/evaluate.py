@@ -1,6 +1,7 @@
 """Measuring on held-out data: every example exactly once, sums first, one division at the end."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,16 +42,22 @@ def _make_measure(
     """A function from parameters to each batch with its sums and outputs, in numpy."""
 
     @jax.jit
-    def measure(params: Params, batch: Batch) -> tuple[MetricSums, Outputs]:
-        return evaluator.metric_sums(params, batch), evaluator.outputs(params, batch)
+    def measure(params: Params, batch: Batch) -> tuple[MetricSums, Outputs, Any]:
+        sums: Any = evaluator.metric_sums(params, batch)
+        sums, carry = sums if evaluator.carry else (sums, None)
+        return sums, evaluator.outputs(params, batch), carry
+
+    start = jax.jit(evaluator.carry, out_shardings=sharding.batch_sharding(mesh)) if evaluator.carry else None
 
     def measured(params: Params) -> Iterator[tuple[Batch, Mapping[str, tuple[float, float]], Outputs]]:
+        carried = {"carry": start()} if start else {}
         for batch in evaluator.batches():
             size = len(next(iter(batch.values())))
             rows = sharding.host_rows(size, mesh)
             local = {name: array[rows.start : rows.stop] for name, array in batch.items()}
             with jax.set_mesh(mesh):
-                sums, outputs = measure(params, sharding.place_batch(local, size, mesh))
+                sums, outputs, carry = measure(params, sharding.place_batch(local, size, mesh) | carried)
+            carried = {"carry": carry} if start else {}
             fetched = {name: sharding.fetch(array) for name, array in outputs.items()}
             yield batch, jax.device_get(dict(sums)), fetched
 

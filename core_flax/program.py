@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from core_flax import sharding
@@ -49,18 +50,49 @@ def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None
 
     def init(key: Any) -> TrainState:
         params = task.init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, optimizer.init(params), task.carry() if task.carry else None
+        )
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = sharding.param_shardings(shapes.params, task.param_rules, mesh, task.axis_fields)
     placed = sharding.state_shardings(shapes, params, mesh)
-    step = make_train_step(task, optimizer, schedule, config.seed, config.train.num_microbatches)
+
+    def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Metrics]:
+        return make_train_step(task, optimizer, schedule, seed, config.train.num_microbatches)(state, batch)
+
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
     return Program(
         mesh=mesh,
         init=jax.jit(init, out_shardings=placed),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh))),
+        step=_Seeded(jitted, np.int32(config.seed)),
         abstract_state=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed),
     )
+
+
+class _Seeded:
+    """A jitted function of which the seed is the last argument: runs that differ in it alone share what is compiled.
+
+    It is called, and its stages taken, without the seed.
+    """
+
+    def __init__(self, stage: Any, seed: np.int32) -> None:
+        self._stage, self._seed = stage, seed
+
+    def __call__(self, *args: Any) -> Any:
+        return self._stage(*args, self._seed)
+
+    def trace(self, *args: Any) -> Any:
+        return self._stage.trace(*args, self._seed)
+
+    def lower(self, *args: Any) -> "_Seeded":
+        return _Seeded(self._stage.lower(*args, self._seed), self._seed)
+
+    def compile(self, *options: Any) -> "_Seeded":
+        return _Seeded(self._stage.compile(*options), self._seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
 
 
 def check_settings(config: RunConfig, rules: tuple[ParamRule, ...]) -> None:
@@ -83,4 +115,4 @@ def first_state(task: Task, program: Program, seed: int) -> TrainState:
 
     unknown = set(task.initial) - {path for path, _ in leaves(state.params)}
     assert not unknown, f"no such parameters: {sorted(unknown)}"
-    return TrainState(state.step, jax.tree_util.tree_map_with_path(place, state.params), state.opt_state)
+    return state.replace(params=jax.tree_util.tree_map_with_path(place, state.params))

@@ -121,14 +121,17 @@ def param_shardings(
 def state_shardings(abstract_state: TrainState, params_shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a whole train state: optimizer arrays that mirror a parameter are placed like it.
 
-    An array of the state belongs to the parameter whose path ends its own path and whose shape it has; whatever else
-    there is (counters, factored moments) is replicated.
+    An array of the state belongs to the parameter whose path ends its own path and whose shape it has; what batches
+    hand to each other (state.carry) lies with their rows; whatever else there is (counters, factored moments) is
+    replicated.
     """
     shapes = {path: leaf.shape for path, leaf in leaves(abstract_state.params)}
     by_path = dict(leaves(params_shardings))
 
     def place(keys: tuple[Any, ...], leaf: Array) -> NamedSharding:
         path = path_of(keys)
+        if path.startswith("carry/"):
+            return batch_sharding(mesh)
         for name, sharding in by_path.items():
             if f"/{path}".endswith(f"/{name}") and leaf.shape == shapes[name]:
                 return sharding

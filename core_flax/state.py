@@ -20,3 +20,5 @@ class TrainState:
     """Nested dict of parameters, float32."""
     opt_state: Any
     """State of the optimizer: a dict by name of the stage (optax.named_chain)."""
+    carry: Any = None
+    """What a batch hands to the next besides (task.Task.carry); None, of which nothing is saved, for most tasks."""

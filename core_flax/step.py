@@ -30,34 +30,48 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def join_microbatches(parts: Any) -> Any:
+    """The inverse of split_microbatches."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
 def gradients(
-    task: Task, params: Params, batch: Batch, key: Array | None, num_microbatches: int
-) -> tuple[Params, dict[str, Array], MetricSums]:
+    task: Task, params: Params, batch: Batch, key: Array | None, num_microbatches: int, carry: Any = None
+) -> tuple[Params, dict[str, Array], MetricSums, Any]:
     """Gradients of the sum of all loss terms, each divided by its weight over the whole batch.
 
     Returns:
-      (gradients, loss terms, metric sums).
+      (gradients, loss terms, metric sums, the carry for the next step). No gradient goes into the carry given.
     """
     batch = dict(batch) | {"row": jnp.arange(len(jax.tree.leaves(batch)[0]))}
     # From data alone and over the whole batch, before it is cut: a mean of means would weigh microbatches wrongly.
     weights = {name: jnp.where(weight == 0, 1, weight) for name, weight in task.loss_weights(batch).items()}
 
-    def loss(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], MetricSums]]:
-        loss_sums, metric_sums = task.loss_sums(params, part, key)
-        terms = {name: loss_sums[name] / weights[name] for name in weights}
-        return sum(terms.values(), start=jnp.zeros(())), (terms, metric_sums)
+    if task.carry:
+        batch["carry"] = carry
 
-    def one(part: Batch) -> tuple[Params, dict[str, Array], MetricSums]:
-        grads, (terms, metric_sums) = jax.grad(loss, has_aux=True)(params, part)
-        return grads, terms, metric_sums
+    def loss(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], MetricSums, Any]]:
+        loss_sums, metric_sums, *following = task.loss_sums(params, part, key)
+        terms = {name: loss_sums[name] / weights[name] for name in weights}
+        return sum(terms.values(), start=jnp.zeros(())), (terms, metric_sums, following[0] if following else None)
+
+    def one(part: Batch) -> tuple[tuple[Params, dict[str, Array], MetricSums], Any]:
+        grads, (terms, metric_sums, following) = jax.grad(loss, has_aux=True)(params, part)
+        return (grads, terms, metric_sums), following
 
     if num_microbatches == 1:
-        return one(batch)
+        sums, following = one(batch)
+        return *sums, following
+
+    def add(total: Any, part: Batch) -> tuple[Any, Any]:
+        sums, following = one(part)
+        return jax.tree.map(jnp.add, total, sums), following
+
     parts = split_microbatches(batch, num_microbatches)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    shapes, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)
-    return total
+    total, following = jax.lax.scan(add, zeros, parts)
+    return *total, join_microbatches(following)
 
 
 def divide(metric_sums: MetricSums) -> dict[str, Array]:
@@ -79,7 +93,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, terms, metric_sums = gradients(task, state.params, batch, key, num_microbatches)
+        grads, terms, metric_sums, carry = gradients(task, state.params, batch, key, num_microbatches, state.carry)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         # What is not finite shows in an array's sum of squares. Clipping has taken the same sums: XLA takes them once.
@@ -92,7 +106,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_squares": squares,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, carry), metrics
 
     return train_step
 
