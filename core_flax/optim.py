@@ -14,6 +14,7 @@ lamb       adam {count, mu, nu}, schedule {count}
 adafactor  factored {count, row, col, full}, schedule {count}; with beta1 momentum {count, ema}
 lion       lion {count, mu}, schedule {count}
 muon       muon {count, mu} of matrices, adam {count, mu, nu} of the rest, schedule {count}
+sgd        schedule {count}; with beta1 momentum {trace}
 =========  ==================================================================================
 
 Every moment has its parameter's path and shape, but for adafactor's row ([..stack, in]) and col ([..stack, out]).
@@ -43,6 +44,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "adafactor": {"beta1": 0.0, "epsilon": 1e-30},
     "lion": {"beta1": 0.9, "beta2": 0.99},
     "muon": {"beta1": 0.95, "beta2": 0.999, "epsilon": 1e-8},
+    "sgd": {"beta1": 0.0},
 }
 """What each optimizer uses and its published value; a setting absent here is refused for that optimizer."""
 
@@ -64,6 +66,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, rules: Rul
     - lion: Chen et al. 2023, algorithm 2.
     - muon: Jordan 2024 (Nesterov momentum, five Newton-Schulz steps) for kind matrix, scaled to AdamW's RMS as in Liu
       et al. 2025, section 2.2; AdamW for every other kind. Dims are grouped into (in, out) by the rule.
+    - sgd: the gradient or, with beta1, the sum of it and beta1 times the sum before (Polyak 1964).
 
     Args:
         config: Update rule and its settings; None takes the published default (``DEFAULTS``).
@@ -134,12 +137,19 @@ def _muon_stages(settings: dict[str, float], rules: Rules, decay: list[Stage]) -
     ]
 
 
+def _sgd_stages(settings: dict[str, float], rules: Rules, decay: list[Stage]) -> list[Stage]:
+    del rules
+    momentum = [("momentum", optax.trace(settings["beta1"]))] if settings["beta1"] else []
+    return [*momentum, *decay]
+
+
 _UPDATE_RULES: dict[str, Callable[[dict[str, float], Rules, list[Stage]], list[Stage]]] = {
     "adamw": _adamw_stages,
     "lamb": _lamb_stages,
     "adafactor": _adafactor_stages,
     "lion": _lion_stages,
     "muon": _muon_stages,
+    "sgd": _sgd_stages,
 }
 
 

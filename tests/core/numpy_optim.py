@@ -60,10 +60,15 @@ def muon_update(w, g, t, memory, decays, hidden):
     return 0.2 * math.sqrt(max(w.shape)) * x + DECAY * w
 
 
+def sgd_update(w, g, t, memory, decays, hidden):
+    return g + DECAY * decays * w
+
+
 UPDATES = {
     "adamw": adamw_update,
     "lamb": lamb_update,
     "adafactor": adafactor_update,
     "lion": lion_update,
     "muon": muon_update,
+    "sgd": sgd_update,
 }

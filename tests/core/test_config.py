@@ -115,7 +115,10 @@ def test_a_whole_number_is_a_float():
         ({"seed": None}, "seed is None, where int is wanted"),
         ({"log": {"tensorboard": 1}}, "log.tensorboard is 1, where bool is wanted"),
         ({"optimizer": {"beta1": "0.9"}}, "optimizer.beta1 is '0.9', where float | None is wanted"),
-        ({"optimizer": {"name": "adam"}}, "optimizer.name is 'adam', where one of adamw, lamb, adafactor, lion, muon"),
+        (
+            {"optimizer": {"name": "adam"}},
+            "optimizer.name is 'adam', where one of adamw, lamb, adafactor, lion, muon, sgd",
+        ),
         ({"optimizer": {"name": ["muon"]}}, "optimizer.name is ['muon'], where one of"),
         ({"optimizer": {"beta1": 2}}, "--optimizer.beta1 2: must be 0 or more and less than 1, or None"),
     ],

@@ -262,6 +262,20 @@ def test_clipping_is_by_the_norm_of_all_gradients():
         np.testing.assert_allclose(unclipped[path], value, rtol=1e-6, atol=1e-7)
 
 
+def test_sgd_with_momentum_is_that_of_optax():
+    params, theirs = tree(draw(0)), optax.sgd(lambda count: LEARNING_RATE / (1.0 + count), momentum=0.8)
+    state = theirs.init(params)
+    for gradient in GRADIENTS:
+        updates, state = theirs.update(tree(gradient), state)
+        params = optax.apply_updates(params, updates)
+    got, state = run(settings("sgd", weight_decay=0.0, beta1=0.8))
+    assert set(flatten_dict(serialization.to_state_dict(state), sep="/")) == SCHEMA["sgd"] | under(
+        "momentum/trace", MIRROR
+    )
+    for path, value in flat(params).items():
+        np.testing.assert_allclose(got[path], value, rtol=1e-6, atol=1e-6, err_msg=path)
+
+
 MIRROR = set(SHAPES)
 MATRICES = {path for path in SHAPES if path.endswith("kernel") and "next_sentence" not in path}
 FACTORED = MATRICES | {"embeddings/token/embedding", "embeddings/position/embedding"}
@@ -283,6 +297,7 @@ SCHEMA = {
     | under("muon/mu", MATRICES)
     | under("adam/mu", MIRROR - MATRICES)
     | under("adam/nu", MIRROR - MATRICES),
+    "sgd": {"schedule/count"},
 }
 
 

@@ -36,7 +36,7 @@ RULES = (
     ParamRule("layers/down", "matrix", "layer mlp | embed"),
     ParamRule("head", "head", "embed | small"),
 )
-LEARNING_RATES = {"adamw": 1e-3, "lamb": 0.03, "adafactor": 0.03, "lion": 1e-3, "muon": 3e-3}
+LEARNING_RATES = {"adamw": 1e-3, "lamb": 0.03, "adafactor": 0.03, "lion": 1e-3, "muon": 3e-3, "sgd": 1.0}
 """LAMB's and Adafactor's are shares of the parameters: so every optimizer moves them by about a thousandth a step."""
 
 
