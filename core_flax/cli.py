@@ -17,6 +17,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from core_flax.compilation import keep_compiled_programs
 from core_flax.signals import Stopped
 from core_flax.types import UserError
 
@@ -56,6 +57,7 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
       argv: arguments without the program's name; None: the process's own.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    keep_compiled_programs()  # before a command imports jax
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_overview(prog, commands))

@@ -83,7 +83,7 @@ def make_train_step(
     task: Task,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    seed: int,
+    seed: int | Array,
     num_microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step to jit: (state, global batch) -> (next state, metrics). Donate the state.
