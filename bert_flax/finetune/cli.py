@@ -47,7 +47,7 @@ def finetune(argv: Sequence[str]) -> None:
             f"Defaults below are those of {spec.name}."
         )
         command = cli.parse(FinetuneCommand, rest, f"{PROG} finetune {name}", default, doc)
-        _check_given(rest, command)
+        _check_given(rest, command, spec)
         return command
 
     if name == "glue":
@@ -56,15 +56,21 @@ def finetune(argv: Sequence[str]) -> None:
         start(name, parse(TASKS[name] if name in TASKS else custom_task("text=text,label=label")))
 
 
-def _check_given(argv: Sequence[str], command: "FinetuneCommand") -> None:
-    """Raises UserError if a setting was given that another one decides."""
-    from bert_flax.finetune.config import DECIDED_BY
+def _check_given(argv: Sequence[str], command: "FinetuneCommand", spec: "TaskSpec") -> None:
+    """Raises UserError if a setting was given that another one decides, or that the task has no use for."""
+    from bert_flax.finetune.command import SWEPT
+    from bert_flax.finetune.config import DECIDED_BY, ONLY_FOR
 
     given = cli.options_given(type(command), argv)
     for path, name in DECIDED_BY.items():
         option, other = (f"--{each.replace('_', '-')}" for each in (path, name))
         if option in given and (value := getattr(command, name)) is not None:
             raise UserError(f"{option} follows from {other} {value:g}: leave one of them out, {other} with None")
+    if command.sweep and (swept := sorted(given & set(SWEPT))):
+        raise UserError(f"{swept[0]} is what --sweep tries values of: leave one of them out")
+    for option, kind in ONLY_FOR.items():
+        if option in given and spec.kind != kind:
+            raise UserError(f"{option} is for tasks of kind {kind}; {spec.name} is of kind {spec.kind}: leave it out")
 
 
 def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:

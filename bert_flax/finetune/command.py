@@ -18,7 +18,7 @@ from bert_flax.finetune.config import FinetuneSettings
 from bert_flax.finetune.data import load_data
 from bert_flax.finetune.model import architecture, num_outputs
 from bert_flax.finetune.readers import find_labels
-from bert_flax.finetune.runs import Origin, Result, TaskChoice, best_run, run
+from bert_flax.finetune.runs import CONFIG, Origin, Result, TaskChoice, best_run, run
 from bert_flax.finetune.score import is_per_cent
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
@@ -30,6 +30,7 @@ from core_flax.types import UserError
 RESULTS, SWEEP = "results.json", "sweep"
 SWEEP_BATCH_SIZES, SWEEP_LEARNING_RATES, SWEEP_EPOCHS = (16, 32), (5e-5, 3e-5, 2e-5), (2, 3, 4)
 """The grid of the paper (arXiv 1810.04805, appendix A.3)."""
+SWEPT = ("--train.batch-size", "--optimizer.learning-rate", "--epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ def finetune(name: str, command: FinetuneCommand) -> None:
             "--columns and --regression go with the task custom: bert-flax finetune custom --columns text=...,label=..."
         )
     home = configs.local_folder("--workdir", command.workdir)
+    if (home / CONFIG).exists():
+        raise UserError(f"--workdir {home} is the folder of one run or model; give a folder for the runs of this task")
     _check_batch_sizes(command)
     labels = find_labels(command.columns, command.data) if name == "custom" and not command.regression else ()
     task = TaskChoice(name, command.columns, labels, command.regression)
@@ -131,10 +134,14 @@ def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, s
 
 
 def _about(pretrained: Pretrained, init: str) -> list[str]:
-    """Lines on what the runs begin with. That it has no heads of pretraining is as it should be."""
+    """Lines on what the runs begin with. That it has no heads of pretraining is as it should be.
+
+    Nor does it matter that position_ids are not used: they are 0, 1, 2 ..., which old files hold.
+    """
     report, head = pretrained.report, "its head" if "head" in pretrained.params else "a new head"
     first = f"begins with the encoder of {init} ({', '.join(report.files)}) and {head}"
-    return [first, *(f"unused: {name}" for name in report.unused), *report.notes]
+    unused = [f"unused: {name}" for name in report.unused if not name.endswith(".position_ids")]
+    return [first, *unused, *report.notes]
 
 
 def _head(spec: TaskSpec, found: Pretrained, init: str) -> Mapping[str, np.ndarray]:

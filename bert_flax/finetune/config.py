@@ -75,6 +75,15 @@ DECIDED_BY = {
 """Settings of any run, and what decides each of them here unless it is None."""
 
 
+ONLY_FOR = {
+    "--inputs.stride": "span",
+    "--inputs.max-answer-tokens": "span",
+    "--inputs.n-best": "span",
+    "--inputs.document-context": "tagging",
+}
+"""Options that mean something for one kind of task alone."""
+
+
 def settings_of(spec: TaskSpec) -> FinetuneSettings:
     """The task's recipe."""
     return FinetuneSettings(

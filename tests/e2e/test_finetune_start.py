@@ -49,7 +49,8 @@ def test_the_grid_is_tried_and_the_best_recipe_given_to_the_seeds(started, model
     monkeypatch.setattr(finetune_command, "SWEEP_BATCH_SIZES", (4,))
     monkeypatch.setattr(finetune_command, "SWEEP_EPOCHS", (2, 1))
     monkeypatch.setattr(finetune_command, "SWEEP_LEARNING_RATES", (2e-5, 3e-5))
-    printed = right(here(*arguments("rte", glue, tmp_path, "--sweep", init=model, seeds=2, seed=5)))
+    swept = {"train__batch_size": None, "optimizer__learning_rate": None, "epochs": None}
+    printed = right(here(*arguments("rte", glue, tmp_path, "--sweep", init=model, seeds=2, seed=5, **swept)))
     tried, seeds = started[:4], started[4:]
     recipes = [f"batch4_lr{rate}_epochs{epochs}" for rate in ("2e-05", "3e-05") for epochs in (2, 1)]
     assert [folder for folder, *_ in tried] == [tmp_path / "sweep" / recipe for recipe in recipes]
@@ -141,6 +142,7 @@ def test_what_is_left_out_is_told_and_not_trained_on(started, model, tmp_path):
         ({"init": None}, "give either --init FOLDER"),
         ({"init_from_task": "x"}, "give either --init FOLDER"),
         ({"columns": "text=a,label=b"}, "go with the task custom"),
+        ({"inputs__stride": 64}, "--inputs.stride is for tasks of kind span; mrpc is of kind classification"),
         ({"optimizer__learning_rat": 1}, "did you mean --optimizer.learning-rate?"),
         ({"init": "nowhere"}, "nowhere is no folder"),
         ({"data": "nowhere"}, "--data nowhere does not exist"),
@@ -156,10 +158,19 @@ def test_settings(model, glue, tmp_path, options, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_something_else(model, glue, mrpc):
+    for folder in (model, mrpc[0] / "seed-0"):
+        line = refused(*arguments("mrpc", glue, folder, init=model))
+        assert f"--workdir {folder} is the folder of one run or model" in line
+
+
 def test_tasks_that_cannot_be(model, glue, tmp_path):
     assert "did you mean mrpc?" in refused("finetune", "mrcp", "--data", glue)
     assert "name the task: bert-flax finetune TASK" in refused("finetune", "--data", glue)
     assert "one task at a time" in refused("finetune", "mrpc", "--data", glue, "rte")
+    assert "--epochs is what --sweep tries values of" in refused(
+        *arguments("mrpc", glue, tmp_path, "--sweep", init=model)
+    )
     assert "go with the task custom" in refused(*arguments("mrpc", glue, tmp_path, "--regression", init=model))
     assert "go with the task custom" in refused(*arguments("custom", glue, tmp_path, init=model))
     assert "names no label" in refused(*arguments("custom", glue, tmp_path, init=model, columns="text=a"))
