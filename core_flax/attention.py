@@ -37,6 +37,9 @@ def dot_product_attention(
 ) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1).
 
+    Keys and values may have fewer rows than the queries, B / F: then each row serves F rows of queries, one after
+    another, which to them are one row of F * L queries; the mask is one for that.
+
     Args:
       q_BLHK: queries.
       k_BMHK: keys.
@@ -48,7 +51,8 @@ def dot_product_attention(
     Returns:
       [B, L, H, K] in the dtype of the queries; the softmax is computed in float32.
     """
-    scale = q_BLHK.shape[-1] ** -0.5
+    shape, scale = q_BLHK.shape, q_BLHK.shape[-1] ** -0.5
+    q_BLHK = _fold(q_BLHK, k_BMHK)
     scores_BHLM = jnp.einsum("BLHK,BMHK->BHLM", q_BLHK * scale, k_BMHK, preferred_element_type=jnp.float32)
     if mask_BHLM is not None:
         # The lowest finite number rather than -inf: a row without any True then stays free of NaN, in gradients too.
@@ -56,7 +60,12 @@ def dot_product_attention(
     probs_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(q_BLHK.dtype)
     if dropout is not None:
         probs_BHLM = dropout(probs_BHLM)
-    return jnp.einsum("BHLM,BMHK->BLHK", probs_BHLM, v_BMHK)
+    return jnp.einsum("BHLM,BMHK->BLHK", probs_BHLM, v_BMHK).reshape(shape)
+
+
+def _fold(q_BLHK: Array, k_BMHK: Array) -> Array:
+    """Queries with as many rows as the keys."""
+    return q_BLHK.reshape(len(k_BMHK), -1, *q_BLHK.shape[2:])
 
 
 def grouped_query_attention(
@@ -70,17 +79,18 @@ def grouped_query_attention(
 
     Source: arXiv 2305.13245, section 2.2. Otherwise as dot_product_attention; the mask is the same for every head.
     """
+    shape, q_BLHK = q_BLHK.shape, _fold(q_BLHK, k_BMGK)
     batch_size, length, num_heads, head_width = q_BLHK.shape
     num_kv_heads = k_BMGK.shape[2]
     share = num_heads // num_kv_heads
     if share == 1:
-        return dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask_B1LM, dropout)
+        return dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask_B1LM, dropout).reshape(shape)
     # To its keys, a group is one head with as many more queries.
     grouped = q_BLHK.reshape(batch_size, length, num_kv_heads, share, head_width).transpose(0, 3, 1, 2, 4)
     q_BTGK = grouped.reshape(batch_size, share * length, num_kv_heads, head_width)
     mixed_BTGK = dot_product_attention(q_BTGK, k_BMGK, v_BMGK, jnp.tile(mask_B1LM, (1, 1, share, 1)), dropout)
     mixed = mixed_BTGK.reshape(batch_size, share, length, num_kv_heads, head_width).transpose(0, 2, 3, 1, 4)
-    return mixed.reshape(batch_size, length, num_heads, head_width)
+    return mixed.reshape(shape)
 
 
 class MultiHeadAttention(nn.Module):
