@@ -1,7 +1,7 @@
 """The settings of a translation run."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from core_flax.config import RunConfig, check_range
 from core_flax.layers import Remat
@@ -23,8 +23,15 @@ class TransformerConfig:
     """Attention heads per block; must divide width."""
     mlp_width: int = 2048
     """Width of the feed-forward layer."""
-    tied_embeddings: bool = True
-    """One table embeds source and target and is the output layer as well (section 3.4). False: three tables."""
+    tied_embeddings: Literal["all", "target", "none"] = "all"
+    """all: one table embeds source and target and is the output layer as well (section 3.4); target: the target's is
+    the output layer as well, the source has its own; none: three tables."""
+    scale_embeddings: bool = True
+    """Multiply embeddings by the root of the width before positions are added (section 3.4)."""
+    activation: Literal["relu", "silu", "gelu"] = "relu"
+    """Nonlinearity of the feed-forward network; the paper has ReLU (section 3.3), models of Marian's SiLU (swish)."""
+    output_bias: bool = False
+    """Add a number of its own to every token's score, as models of Marian's do; not in the paper."""
     dropout: float = 0.1
     """Share dropped from the sums of embeddings and positions and from the output of every sublayer (section 5.4)."""
     attention_dropout: float = 0.0

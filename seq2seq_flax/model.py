@@ -11,13 +11,21 @@ import jax.numpy as jnp
 from core_flax import sharding
 from core_flax.attention import MultiHeadAttention, SelfAttention, packing_mask, padding_mask
 from core_flax.cache import KeyValueCache, init_cache
-from core_flax.layers import Dropout, Embedding, Linear, Norm, layers_per_turn, remat
+from core_flax.layers import Dropout, Embedding, Linear, Norm, gelu, layers_per_turn, remat
 from core_flax.types import Array
 from seq2seq_flax.attention import CrossAttention, causal_mask, cross_mask
 from seq2seq_flax.config import TransformerConfig
 
 # Glorot and Bengio 2010: keeps variances through square maps, and is what the reference implementation has.
 KERNEL_INIT = nn.initializers.glorot_uniform()
+
+ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": gelu}
+TABLES = {
+    "all": {"source": "token", "target": "token", "output": "token"},
+    "target": {"source": "source", "target": "target", "output": "target"},
+    "none": {"source": "source", "target": "target", "output": "output"},
+}
+"""Which embedding table serves as what, by how they are tied."""
 
 
 def positions_of(positions_BL: Array, width: int) -> Array:
@@ -31,7 +39,7 @@ def positions_of(positions_BL: Array, width: int) -> Array:
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward network with ReLU (section 3.3) and dropout after it."""
+    """Position-wise feed-forward network (section 3.3) with dropout after its nonlinearity."""
 
     config: TransformerConfig
     dtype: jnp.dtype = jnp.float32
@@ -40,7 +48,8 @@ class FeedForward(nn.Module):
     def __call__(self, x_BLD: Array, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
         """Maps [B, L, D] to [B, L, D]."""
         linear = partial(Linear, kernel_init=KERNEL_INIT, dtype=self.dtype)
-        hidden_BLF = jax.nn.relu(linear((self.config.mlp_width,), name="up")(x_BLD))
+        activation = ACTIVATIONS[self.config.activation]
+        hidden_BLF = activation(linear((self.config.mlp_width,), name="up")(x_BLD))
         hidden_BLF = sharding.constrain(hidden_BLF, "batch", "length", "mlp")
         dropout = Dropout(self.config.activation_dropout)
         hidden_BLF = dropout(hidden_BLF, row_B=row_B, deterministic=deterministic)
@@ -161,10 +170,12 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         """Creates the submodules."""
         config = self.config
-        names = ("token",) if config.tied_embeddings else ("source", "target", "output")
+        names = dict.fromkeys(TABLES[config.tied_embeddings].values())
         # Rows have a norm of about 1: times sqrt(D) they are inputs of variance 1, as they are, they give such logits.
         init = nn.initializers.normal(config.width**-0.5)
         self.embeddings = {name: Embedding(config.vocab_size, config.width, init, self.dtype) for name in names}
+        if config.output_bias:
+            self.output_bias = self.param("output_bias", nn.initializers.zeros, (config.vocab_size,))
         self.encoder, self.decoder = _Stack(EncoderBlock, config, self.dtype), _Stack(DecoderBlock, config, self.dtype)
         self.source_dropout, self.target_dropout = Dropout(config.dropout), Dropout(config.dropout)
 
@@ -243,6 +254,8 @@ class Transformer(nn.Module):
     def logits(self, x_BLD: Array) -> Array:
         """Scores [..., V] for hidden states [..., D]."""
         logits = self._table("output").logits(x_BLD)
+        if self.config.output_bias:
+            logits += self.output_bias
         return sharding.constrain(logits, "batch", "length", "vocab_logits") if logits.ndim == 3 else logits
 
     def start(self, source_BM: Array, valid_BM: Array, length: int) -> DecoderCache:
@@ -281,12 +294,14 @@ class Transformer(nn.Module):
         return DecoderBlock(self.config, self.dtype, parent=None).apply({"params": params}, *arguments, method=method)
 
     def _table(self, which: str) -> Embedding:
-        return self.embeddings["token" if self.config.tied_embeddings else which]
+        return self.embeddings[TABLES[self.config.tied_embeddings][which]]
 
     def _embed(self, which: str, tokens_BL: Array, positions_BL: Array | None) -> Array:
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1])[None]
-        embedded_BLD = self._table(which)(tokens_BL) * self.config.width**0.5
+        embedded_BLD = self._table(which)(tokens_BL)
+        if self.config.scale_embeddings:
+            embedded_BLD *= self.config.width**0.5
         x_BLD = embedded_BLD + positions_of(positions_BL, self.config.width).astype(self.dtype)
         return sharding.constrain(x_BLD, "batch", "length", "width")
 

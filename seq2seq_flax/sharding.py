@@ -13,6 +13,7 @@ _ATTENTION = _BLOCK + "(self_|cross_|)attention/"
 PARAM_RULES = (
     Rule("embeddings_(token|source|target)/embedding",   "embedding", "vocab table_width"),               # VD
     Rule("embeddings_output/embedding",                  "head",      "vocab table_width"),               # VD
+    Rule("output_bias",                                  "bias",      "vocab"),                           # V
     Rule(_ATTENTION + "(query|key|value)/kernel",        "matrix",    "layer embed | heads head_width"),  # NDHK
     Rule(_ATTENTION + "(query|key|value)/bias",          "bias",      "layer heads head_width"),          # NHK
     Rule(_ATTENTION + "out/kernel",                      "matrix",    "layer heads head_width | embed"),  # NHKD

@@ -168,8 +168,13 @@ def test_parameter_counts():
         by_hand = V * D + 6 * (attention + mlp + 2 * norm) + 6 * (2 * attention + mlp + 3 * norm)
         assert sizes[name] == by_hand and abs(by_hand / published - 1) < 0.03
     base = PRESETS["transformer_base"]().model
-    untied = dataclasses.replace(base, tied_embeddings=False)
-    assert num_parameters(untied) - sizes["transformer_base"] == 2 * base.vocab_size * base.width
+    table = base.vocab_size * base.width
+    for changes, more in (
+        ({"tied_embeddings": "target"}, table),
+        ({"tied_embeddings": "none"}, 2 * table),
+        ({"output_bias": True}, base.vocab_size),
+    ):
+        assert num_parameters(dataclasses.replace(base, **changes)) - sizes["transformer_base"] == more
 
 
 def test_every_dropout_drops(packed_and_alone):
