@@ -3,7 +3,6 @@
 An imported folder has config.json, vocab.txt and one checkpoint, as a run's has, and nothing of an optimizer.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from bert_flax.huggingface_names import HEADS
 from core_flax import config as configs
 from core_flax.checkpoint import Checkpoints, load_params
 from core_flax.config import CheckpointConfig
-from core_flax.run import CHECKPOINTS, CONFIG
+from core_flax.run import CHECKPOINTS, CONFIG, kind_of, new_folder
 from core_flax.state import TrainState
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
@@ -38,7 +37,7 @@ def import_hf(folder: str, output: str) -> None:
     Raises:
       UserError: the folder cannot be read (see load_pretrained), or the output is not empty.
     """
-    home = _new_folder(output)
+    home = new_folder(output)
     pretrained = load_pretrained(folder)
     save_imported(home, pretrained)
     print(f"{output}: {_size(pretrained)}")
@@ -54,7 +53,7 @@ def export_hf(workdir: str, output: str, step: int | None = None) -> None:
       output: folder that does not exist, or is empty.
       step: of the checkpoint; None: the newest, of fine-tuning the best.
     """
-    home = _new_folder(output)
+    home = new_folder(output)
     pretrained = load_init(str(configs.local_folder("--workdir", workdir)), step)
     save_pretrained(home, pretrained.config, pretrained.params, pretrained.vocabulary, pretrained.head)
     print(f"{output}: {_size(pretrained)}")
@@ -73,7 +72,7 @@ def load_init(path: str, step: int | None = None) -> Pretrained:
       UserError: it is none of these, or it is damaged.
     """
     folder = Path(path)
-    kind = _kind(folder)
+    kind = kind_of(folder)
     if kind == finetuned.KIND or (kind is None and any(folder.glob(f"seed-*/{CONFIG}"))):
         return _load_finetuned(path, step)
     if kind is None:
@@ -150,25 +149,6 @@ def _report(arrays: Mapping[str, Any], step: int) -> Report:
 
 def _arrays(params: Params) -> dict[str, Any]:
     return jax.tree.map(np.asarray, dict(params))
-
-
-def _kind(folder: Path) -> str | None:
-    """The kind of a folder of ours; None if it is of Hugging Face's."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give a pretraining run, or a model that has been downloaded before")
-    try:
-        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # its reader says what is wrong
-    kind = stored.get("kind") if isinstance(stored, dict) else None
-    return kind if isinstance(kind, str) else None
-
-
-def _new_folder(output: str) -> Path:
-    folder = configs.local_folder("--output", output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {output} is there already, and not empty; give a new folder")
-    return folder
 
 
 def _size(pretrained: Pretrained) -> str:

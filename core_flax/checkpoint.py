@@ -248,6 +248,8 @@ def load_params(
 ) -> tuple[Params, int]:
     """Parameters alone, without knowing the model or reading what belongs to the optimizer; changes nothing on disk.
 
+    Of a run that keeps a moving average of them (train.ema_decay), that: it is what the run evaluates.
+
     Args:
       directory: WORKDIR/checkpoints; a run may be writing to it.
       step: which checkpoint; None: the newest that is intact (says which newer ones are not).

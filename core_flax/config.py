@@ -134,6 +134,9 @@ class TrainConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters, optimizer
     state, softmax, norms and losses are float32 always."""
+    ema_decay: float | None = None
+    """Keep a moving average of the parameters beside them, of which every step t keeps this share (less at the start:
+    (1 + t) / (10 + t) at most), and evaluate, rank checkpoints and hand on the model by it. None: no average."""
 
     FREE: ClassVar = frozenset({"num_steps", "num_microbatches", "eval_every_steps", "eval_batches"})
 
@@ -141,6 +144,7 @@ class TrainConfig:
         """Raises UserError on a value out of range."""
         check_range("train", self, "num_steps", "batch_size", "num_microbatches", least=1)
         check_range("train", self, "eval_every_steps", "eval_batches", least=0)
+        check_range("train", self, "ema_decay", above=0, below=1)
 
 
 @dataclass(frozen=True)

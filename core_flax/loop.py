@@ -104,7 +104,7 @@ def _after(
     complete = True
     if is_last or is_multiple(config.train.eval_every_steps, step):
         try:
-            held_out = recorder.evaluate(step, state.params)
+            held_out = recorder.evaluate(step, state.measured)
         except GivenUp:
             complete = False
     told = stop.signal  # read once: it may come at any moment, and what is said must be what was done

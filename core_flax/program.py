@@ -50,16 +50,17 @@ def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None
 
     def init(key: Any) -> TrainState:
         params = task.init(key)
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(params), task.carry() if task.carry else None
-        )
+        carry = task.carry() if task.carry else None
+        ema = None if config.train.ema_decay is None else params
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry, ema)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = sharding.param_shardings(shapes.params, task.param_rules, mesh, task.axis_fields)
     placed = sharding.state_shardings(shapes, params, mesh)
 
     def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Metrics]:
-        return make_train_step(task, optimizer, schedule, seed, config.train.num_microbatches)(state, batch)
+        train = config.train
+        return make_train_step(task, optimizer, schedule, seed, train.num_microbatches, train.ema_decay)(state, batch)
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
     return Program(
@@ -115,4 +116,6 @@ def first_state(task: Task, program: Program, seed: int) -> TrainState:
 
     unknown = set(task.initial) - {path for path, _ in leaves(state.params)}
     assert not unknown, f"no such parameters: {sorted(unknown)}"
-    return state.replace(params=jax.tree_util.tree_map_with_path(place, state.params))
+    params = jax.tree_util.tree_map_with_path(place, state.params)
+    # A copy: the step gives up each array of the state, and none can be given up twice.
+    return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))

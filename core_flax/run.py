@@ -4,6 +4,7 @@ Each family says what is its own (which tokenizer, which data); what such a fold
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -125,6 +126,30 @@ class Run(Generic[C]):
                 f"where no option was given, these are preset {preset_name}'s; give the run's own preset and settings, "
                 "or another --workdir"
             )
+
+
+def new_folder(output: str | Path) -> Path:
+    """The folder that --output names. Raises UserError if it holds something."""
+    folder = configs.local_folder("--output", str(output))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {output} is there already, and not empty; give a new folder")
+    return folder
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of run, or of model, that a folder of ours holds; None if it is none of ours.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give a run's, or that of a model that has been downloaded before")
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # its reader says what is wrong
+    kind = stored.get("kind") if isinstance(stored, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def busy(workdir: Path) -> str:

@@ -158,14 +158,19 @@ def read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
 
 
 def read_params(folder: epath.Path, sharding: jax.sharding.Sharding | None) -> Params:
-    """The parameters alone. Raises DamagedError unless every bit of them is as it was saved."""
+    """The parameters alone, their moving average where there is one.
+
+    Raises:
+      DamagedError: not every bit of them is as it was saved.
+    """
     manifest = read_manifest(folder)
+    part = "ema" if any(name.startswith("ema/") for name in manifest["arrays"]) else "params"
     wanted = {
         name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
         for name, entry in manifest["arrays"].items()
-        if name.startswith("params/")
+        if name.startswith(f"{part}/")
     }
-    return _nested(_read_arrays(folder, manifest, wanted))["params"]
+    return _nested(_read_arrays(folder, manifest, wanted))[part]
 
 
 def _check_fit(manifest: Manifest, wanted: Mapping[str, Any], folder: epath.Path) -> None:

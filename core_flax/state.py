@@ -22,3 +22,10 @@ class TrainState:
     """State of the optimizer: a dict by name of the stage (optax.named_chain)."""
     carry: Any = None
     """What a batch hands to the next besides (task.Task.carry); None, of which nothing is saved, for most tasks."""
+    ema: Params | None = None
+    """Moving average of the parameters (train.ema_decay); None, of which nothing is saved, without one."""
+
+    @property
+    def measured(self) -> Params:
+        """The parameters that are evaluated and handed on: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema

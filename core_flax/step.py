@@ -85,6 +85,7 @@ def make_train_step(
     schedule: optax.Schedule,
     seed: int | Array,
     num_microbatches: int = 1,
+    ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step to jit: (state, global batch) -> (next state, metrics). Donate the state.
 
@@ -96,6 +97,7 @@ def make_train_step(
         grads, terms, metric_sums, carry = gradients(task, state.params, batch, key, num_microbatches, state.carry)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
+        ema = None if ema_decay is None else moved(state.ema, params, ema_decay, state.step + 1)
         # What is not finite shows in an array's sum of squares. Clipping has taken the same sums: XLA takes them once.
         squares = sums_of_squares(grads)
         metrics = {
@@ -106,9 +108,18 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "gradient_squares": squares,
         }
-        return TrainState(state.step + 1, params, opt_state, carry), metrics
+        return TrainState(state.step + 1, params, opt_state, carry, ema=ema), metrics
 
     return train_step
+
+
+def moved(ema: Params | None, params: Params, decay: float, step: Array) -> Params:
+    """The moving average after a step, the first being 1: it keeps ``min(decay, (1 + step) / (10 + step))`` of itself.
+
+    The bound, which lets early parameters go faster, is that of TensorFlow's ExponentialMovingAverage (num_updates).
+    """
+    kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1.0 - kept) * (new - old), ema, params)
 
 
 def first_bad_parameter(params: Params, squares: Any) -> str | None:

@@ -333,7 +333,7 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
 
 
 def test_folders_that_hold_no_model(folder, finished_run, tmp_path):
-    with pytest.raises(UserError, match="is no folder; give a pretraining run, or a model that has been downloaded"):
+    with pytest.raises(UserError, match="is no folder; give a run's, or that of a model that has been downloaded"):
         load_init("bert-base-uncased")
     edit(folder / "config.json", kind="seq2seq_flax.train")
     with pytest.raises(UserError, match=r"holds a seq2seq_flax\.train; give a pretraining run"):

@@ -47,6 +47,7 @@ TURNS = {
     "train.batch_size": 16,
     "train.num_microbatches": 2,
     "train.compute_dtype": "bfloat16",
+    "train.ema_decay": 0.9,
     "mesh.data": 1,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
