@@ -33,6 +33,36 @@ LLAMA_RULES = (
     Rule("norm/scale",                                "norm",      "width"),                              # D
     Rule("head/embedding",                            "head",      "vocab | table_width"),                # VD
 )
+
+SPEEDRUN_RULES = (
+    Rule("token/embedding",                           "embedding", "vocab table_width"),               # VD
+    Rule("layers/attention/(query|key|value)/kernel", "matrix",    "layer embed | heads head_width"),  # NDHK
+    Rule("layers/attention/out/kernel",               "matrix",    "layer heads head_width | embed"),  # NHKD
+    Rule("layers/up/kernel",                          "matrix",    "layer embed | mlp"),               # NDF
+    Rule("layers/down/kernel",                        "matrix",    "layer mlp | embed"),               # NFD
+    Rule("head/embedding",                            "head",      "vocab | table_width"),             # VD
+)
+
+LSTM_RULES = (
+    Rule("token/embedding",                           "embedding", "vocab table_width"),    # VD
+    Rule("layers_[0-9]+/(input|recurrent)_kernel",    "matrix",    "embed | small mlp"),    # D4F
+    Rule("layers_[0-9]+/bias",                        "bias",      "small mlp"),            # 4F
+    Rule("head/embedding",                            "head",      "vocab | table_width"),  # VD
+    Rule("head/bias",                                 "bias",      "vocab"),                # V
+)
+
+CONV_RULES = (
+    Rule("token/embedding",                           "embedding", "vocab table_width"),        # VD
+    Rule("layers_[0-9]+/kernel",                      "matrix",    "small embed | small mlp"),  # KDGF
+    Rule("layers_[0-9]+/bias",                        "bias",      "small mlp"),                # GF
+    Rule("head/embedding",                            "head",      "vocab | table_width"),      # VD
+    Rule("head/bias",                                 "bias",      "vocab"),                    # V
+)
+
+WORD2VEC_RULES = (
+    Rule("token/embedding",                           "embedding", "vocab table_width"),    # VD
+    Rule("head/embedding",                            "head",      "vocab | table_width"),  # VD
+)
 # fmt: on
 """Pattern of the path, kind, axes (core_flax.sharding.PLACEMENT says over what each is split), and the shape."""
 
@@ -44,3 +74,7 @@ AXIS_FIELDS = {
     "mlp": "--model.mlp-width",
 }
 """The setting that decides the size of a logical axis, for messages."""
+
+LSTM_AXIS_FIELDS = {"vocab": "--model.vocab-size", "embed": "--model.width", "mlp": "--model.width"}
+CONV_AXIS_FIELDS = {"vocab": "--model.vocab-size", "mlp": "--model.width"}
+"""A convolution's inputs are --model.embedding-width or, from the second layer on, --model.width."""

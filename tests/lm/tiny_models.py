@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_flax.convolution import ConvConfig, ConvLanguageModel
 from lm_flax.llama import Llama, LlamaConfig
 from lm_flax.model import GPT2, GPT2Config
+from lm_flax.recurrent import LSTMConfig, LSTMLanguageModel
 
 V = 61
 SIZES = {"vocab_size": V, "num_layers": 3, "width": 32, "num_heads": 4, "mlp_width": 48, "max_length": 16}
@@ -17,7 +19,8 @@ CONFIGS = {
 
 
 def model_of(config):
-    return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+    models = {GPT2Config: GPT2, LlamaConfig: Llama, LSTMConfig: LSTMLanguageModel, ConvConfig: ConvLanguageModel}
+    return models[type(config)](config)
 
 
 def random_params(config, seed=0):
