@@ -62,6 +62,11 @@ class SentencePiece:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
         return cls(model, origin=f"the tokenizer {path}")
 
+    @property
+    def model(self) -> bytes:
+        """The bytes of the .model file."""
+        return self._model
+
     def save(self, path: str | Path) -> None:
         """Write the .model file."""
         Path(path).write_bytes(self._model)

@@ -1,0 +1,73 @@
+"""Our parameters and the tensors of transformers' MarianMTModel: which of theirs holds which of ours."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from core_flax import weight_names
+from core_flax.types import Params
+from core_flax.weight_names import Tensor
+from seq2seq_flax.config import TransformerConfig
+from seq2seq_flax.model import Transformer
+from seq2seq_flax.sharding import PARAM_RULES
+from seq2seq_flax.task import init_params
+
+ENCODER, DECODER = "model.encoder.", "model.decoder."
+BIAS = "final_logits_bias"
+"""Their bias of the scores, [1, V]; every file has it, of zeros where the model has none."""
+
+MODULES = {
+    "embeddings_token": "model.shared",
+    "embeddings_source": ENCODER + "embed_tokens",
+    "embeddings_target": DECODER + "embed_tokens",
+    "embeddings_output": "lm_head",
+}
+"""Our modules and theirs; * is the number of the layer."""
+
+for _side, _theirs in (("encoder/layers/", ENCODER + "layers.*."), ("decoder/layers/", DECODER + "layers.*.")):
+    _attentions = (
+        {"attention": "self_attn"}
+        if _side.startswith("en")
+        else {
+            "self_attention": "self_attn",
+            "cross_attention": "encoder_attn",
+        }
+    )
+    for _ours, _name in _attentions.items():
+        for _part, _letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
+            MODULES[f"{_side}{_ours}/{_part}"] = f"{_theirs}{_name}.{_letter}_proj"
+        MODULES[f"{_side}{_ours}_norm"] = f"{_theirs}{_name}_layer_norm"
+    MODULES |= {f"{_side}mlp/up": _theirs + "fc1", f"{_side}mlp/down": _theirs + "fc2"}
+    MODULES[f"{_side}mlp_norm"] = _theirs + "final_layer_norm"
+
+TIED = {
+    "all": ("model.shared", ENCODER + "embed_tokens", DECODER + "embed_tokens", "lm_head"),
+    "target": (DECODER + "embed_tokens", "lm_head"),
+    "none": (),
+}
+"""Names of theirs for one and the same table, by how embeddings are tied; the first is that of newer files."""
+
+
+@functools.cache
+def tensors(config: TransformerConfig) -> dict[str, Tensor]:
+    """All that a model has but for the bias of the scores, by the path of our parameter, in the order of our tree."""
+    tree = dict(jax.eval_shape(lambda key: init_params(Transformer(config), key), jax.random.key(0)))
+    tree.pop("output_bias", None)
+    return weight_names.tensors_of(tree, MODULES, PARAM_RULES)
+
+
+def params_from(arrays: Mapping[str, np.ndarray], config: TransformerConfig) -> Params:
+    """Our tree of theirs by name, be they weights or gradients; a parameter of which there is nothing is absent."""
+    params = dict(weight_names.params_from(arrays, tensors(config)))
+    if config.output_bias and BIAS in arrays:
+        params["output_bias"] = arrays[BIAS][0]
+    return params
+
+
+def arrays_from(params: Params, config: TransformerConfig) -> dict[str, np.ndarray]:
+    """The inverse of params_from; with a bias of zeros where the model has none."""
+    params = dict(params)
+    bias = np.asarray(params.pop("output_bias", np.zeros(config.vocab_size, np.float32)))
+    return {**weight_names.arrays_from(params, tensors(config)), BIAS: bias[None]}

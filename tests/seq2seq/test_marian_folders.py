@@ -1,0 +1,144 @@
+"""Folders of Marian models: taken in and written by command, and refused, by name, for what this model is not."""
+
+import json
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from pair_text import sentences
+from safetensors.numpy import load_file, save_file
+
+from core_flax.text.sentencepiece_model import train
+from core_flax.types import UserError
+from seq2seq_flax.cli import main
+from seq2seq_flax.config import TransformerConfig
+from seq2seq_flax.huggingface import check_exportable, load_pretrained, save_pretrained
+from seq2seq_flax.model import Transformer
+from seq2seq_flax.pretrained import load_model
+from seq2seq_flax.task import init_params
+
+FILES = ("config.json", "generation_config.json", "source.spm", "target.spm", "tokenizer_config.json", "vocab.json")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder as transformers reads it, with a vocabulary padded by two."""
+    texts = [text for pair in sentences(40) for text in pair]
+    tokenizer = train(texts, 60)
+    config = TransformerConfig(
+        vocab_size=62, num_layers=2, width=16, num_heads=2, mlp_width=24, output_bias=True, tied_embeddings="target"
+    )
+    params = jax.jit(lambda key: init_params(Transformer(config), key))(jax.random.key(0))
+    folder = tmp_path_factory.mktemp("theirs") / "model"
+    params["output_bias"] += np.arange(62)
+    save_pretrained(folder, config, params, tokenizer, max_length=40)
+    return folder
+
+
+@pytest.fixture
+def changed(theirs, tmp_path):
+    """What makes a copy of the folder with other settings."""
+
+    def change(file="config.json", **changes):
+        folder = tmp_path / "changed"
+        shutil.copytree(theirs, folder)
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return folder
+
+    return change
+
+
+def call(capsys, *argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in argv])
+    return subprocess.CompletedProcess(argv, stop.value.code, *capsys.readouterr())
+
+
+def test_in_and_out_again(theirs, tmp_path, capsys):
+    done = call(capsys, "import-hf", theirs, "--output", tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    assert "Transformer of 2 + 2 layers, 16 wide" in done.stdout
+    assert "60 pieces, the embedding 62 rows" in done.stdout
+    imported = load_model(str(tmp_path / "ours"))
+    assert imported.tokenizer.encode(["river song"]) == load_pretrained(theirs).tokenizer.encode(["river song"])
+    done = call(capsys, "export-hf", "--workdir", tmp_path / "ours", "--output", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    for name in FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (theirs / name).read_bytes(), name
+    before, after = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        np.testing.assert_array_equal(x, after[name], strict=True, err_msg=name)
+    refused = call(capsys, "export-hf", "--workdir", tmp_path / "ours", "--output", tmp_path / "again")
+    assert refused.returncode == 2 and "is there already, and not empty" in refused.stderr
+    refused = call(capsys, "import-hf", tmp_path / "none", "--output", tmp_path / "other")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bart"}, "of type 'bart'; only marian"),
+        ({"decoder_layers": 3}, "decoder_layers is 3 and encoder_layers 2"),
+        ({"decoder_attention_heads": 4}, "decoder_attention_heads is 4"),
+        ({"decoder_ffn_dim": 32}, "decoder_ffn_dim is 32"),
+        ({"decoder_vocab_size": 70}, "decoder_vocab_size is 70 and vocab_size 62"),
+        ({"activation_function": "gelu_new"}, "activation_function is 'gelu_new'"),
+        ({"encoder_layerdrop": 0.1}, "encoder_layerdrop is 0.1"),
+        ({"decoder_layerdrop": 0.1}, "decoder_layerdrop is 0.1"),
+        ({"static_position_embeddings": False}, "static_position_embeddings is False"),
+        ({"normalize_before": True}, "normalize_before is True"),
+        ({"normalize_embedding": True}, "normalize_embedding is True"),
+        ({"add_final_layer_norm": True}, "add_final_layer_norm is True"),
+        ({"add_bias_logits": True}, "add_bias_logits is True"),
+        ({"share_encoder_decoder_embeddings": True, "tie_word_embeddings": False}, "this model cannot be both"),
+        ({"decoder_start_token_id": 5}, "decoder_start_token_id is 5 and pad_token_id 1"),
+        ({"eos_token_id": 5}, "eos_token_id is 5; vocab.json has </s> at 2"),
+        ({"vocab_size": 300, "decoder_vocab_size": 300}, "they belong to different models"),
+        ({"d_model": 32}, "config.json asks for"),
+        ({"d_model": "16"}, "d_model is '16', which is no whole number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_this_model_is_not(changed, changes, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        load_pretrained(changed(**changes))
+
+
+def test_two_vocabularies_are_refused(changed):
+    with pytest.raises(UserError, match="separate_vocabs is true"):
+        load_pretrained(changed("tokenizer_config.json", separate_vocabs=True))
+
+
+def test_damaged_vocabularies(changed):
+    with pytest.raises(UserError, match="does not number its pieces"):
+        load_pretrained(changed("vocab.json", more=99))
+
+
+def test_weights_of_another_model(changed):
+    folder = changed()
+    path = folder / "model.safetensors"
+    arrays = load_file(path)
+    head = arrays["model.decoder.embed_tokens.weight"] + 1
+    save_file(arrays | {"lm_head.weight": head}, path)
+    with pytest.raises(UserError, match=r"lm_head\.weight is not equal to model\.decoder"):
+        load_pretrained(folder)
+    learned = np.ones((40, 16), np.float32)
+    save_file(arrays | {"model.encoder.embed_positions.weight": learned}, path)
+    with pytest.raises(UserError, match=r"embed_positions\.weight does not hold sinusoidal"):
+        load_pretrained(folder)
+    arrays.pop("model.encoder.layers.1.fc1.bias")
+    save_file(arrays, path)
+    with pytest.raises(UserError, match=r"the weights lack model.encoder.layers.1.fc1.bias; give the whole"):
+        load_pretrained(folder)
+
+
+def test_what_marian_is_not():
+    with pytest.raises(UserError, match=r"model.norm_epsilon is 0.001; Marian's is 1e-05"):
+        check_exportable(TransformerConfig(norm_epsilon=1e-3))
+    with pytest.raises(UserError, match="a model of str has no counterpart in Marian"):
+        check_exportable("gnmt")
