@@ -160,8 +160,9 @@ def _show(spec: TaskSpec, example: Any, found: Predictions) -> None:
     match spec.kind:
         case "span":
             (rows,) = spans.n_best_lists(found.answers, spec.unanswerable).values()
-            for row in rows[:5]:
-                print(f"{row['probability']:7.1%}  {row['text'] or NO_ANSWER}")
+            for place, row in enumerate(rows):
+                if place < 5 or not row["text"]:
+                    print(f"{row['probability']:7.1%}  {row['text'] or NO_ANSWER}")
             if found.null_threshold is not None:
                 odds = found.answers[example.id].null_odds
                 side = "above" if odds > found.null_threshold else "not above"
