@@ -6,6 +6,7 @@ Compositionality", arXiv 1310.4546 (negative sampling, subsampling of frequent w
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -41,15 +42,17 @@ class Word2Vec(nn.Module):
 
     Attributes:
       config: the architecture.
+      dtype: type of the products; parameters and scores are float32.
     """
 
     config: Word2VecConfig = Word2VecConfig()
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
         """Creates the tables; they begin as in the authors' code."""
         config = self.config
-        self.token = Embedding(config.vocab_size, config.width, uniform(0.5 / config.width))
-        self.head = Embedding(config.vocab_size, config.width, nn.initializers.zeros)
+        self.token = Embedding(config.vocab_size, config.width, uniform(0.5 / config.width), self.dtype)
+        self.head = Embedding(config.vocab_size, config.width, nn.initializers.zeros, self.dtype)
 
     def __call__(self, tokens_BL: Array, negatives_BLK: Array, around_BLW: Array) -> tuple[Array, Array]:
         """The scores of words and of noise, by what is around the words.
@@ -65,9 +68,10 @@ class Word2Vec(nn.Module):
         context_BLWD = _around(self.token(tokens_BL), around_BLW.shape[-1] // 2)
         if self.config.method == "cbow":
             weights_BLW = around_BLW / jnp.maximum(1, jnp.sum(around_BLW, axis=-1, keepdims=True))
-            context_BLWD = jnp.einsum("BLW,BLWD->BLD", weights_BLW, context_BLWD)[:, :, None]
-        words_BLW = jnp.einsum("BLWD,BLD->BLW", context_BLWD, self.head(tokens_BL))
-        return words_BLW, jnp.einsum("BLWD,BLKD->BLWK", context_BLWD, self.head(negatives_BLK))
+            context_BLWD = jnp.einsum("BLW,BLWD->BLD", weights_BLW.astype(self.dtype), context_BLWD)[:, :, None]
+        scores = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        words_BLW = scores("BLWD,BLD->BLW", context_BLWD, self.head(tokens_BL))
+        return words_BLW, scores("BLWD,BLKD->BLWK", context_BLWD, self.head(negatives_BLK))
 
 
 def _around(x_BL: Array, reach: int) -> Array:

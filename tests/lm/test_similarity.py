@@ -6,6 +6,7 @@ import scipy.stats
 
 from core_flax.types import UserError
 from lm_flax.similarity import Vectors, analogies, judgements, neighbours, read_judgements, read_questions
+from lm_flax.vectors import AnalogiesCommand, NeighboursCommand, list_neighbours, measure
 
 # King - man + woman = queen, and a plural is a step along the third dim.
 WORDS = ["<pad>", "man", "woman", "king", "queen", "kings", "King", "paris", "France"]
@@ -138,3 +139,32 @@ def test_files_of_another_layout_are_refused(tmp_path, read, text, message):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.txt cannot be read"):
         read_questions(tmp_path / "nowhere.txt")
+
+
+# What the commands print
+
+
+def test_measurements_say_what_they_are_of(questions, pairs):
+    command = AnalogiesCommand(workdir="run", questions=str(questions), wordsim353=str(pairs))
+    lines = measure(command, VECTORS)
+    assert lines[:2] == [
+        "questions-words: 100.0 % of 3 questions right; 1 have words that are not in the vocabulary",
+        "  family: 100.0 % of 2 questions right; 1 have words that are not in the vocabulary",
+    ]
+    assert lines[3].startswith("wordsim353: Spearman 1.000 (chance 0 ± 0.707) over 3 pairs; 1 have words")
+    nothing = measure(command, Vectors.of(["x", "y"], np.eye(2)))
+    assert nothing[0] == "questions-words: none of 4 questions has its words in the vocabulary"
+    assert nothing[-1].endswith("too few for a correlation")
+
+
+def test_neighbours_are_listed_word_by_word():
+    lines = list_neighbours(NeighboursCommand(workdir="run", number=2), VECTORS, ["man", "paris"])
+    assert [lines[0], lines[3]] == ["man", "paris"] and len(lines) == 6
+    assert lines[1] == "  0.999  king"
+
+
+def test_commands_that_ask_for_nothing_are_refused():
+    with pytest.raises(UserError, match="give --questions, --wordsim353 or --simlex999"):
+        AnalogiesCommand(workdir="run")
+    with pytest.raises(UserError, match="--number 0"):
+        NeighboursCommand(workdir="run", number=0)
