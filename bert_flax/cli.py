@@ -69,12 +69,13 @@ def _pretrain(argv: Sequence[str]) -> None:
     keep_freed_memory()  # before jax is imported
     from bert_flax.presets import PRESETS
     from bert_flax.runs import PretrainCommand, pretrain
+    from core_flax.distributed import join
 
-    pretrain(
-        *cli.parse_preset(
-            PRESETS, lambda config: PretrainCommand, "bert_demo", argv, f"{PROG} pretrain", "pretrains a model"
-        )
+    parsed = cli.parse_preset(
+        PRESETS, lambda config: PretrainCommand, "bert_demo", argv, f"{PROG} pretrain", "pretrains a model"
     )
+    join()
+    pretrain(*parsed)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,9 +33,28 @@ def make_task(
       held_out: text to evaluate on, if there is any.
       vocabulary: that of both.
     """
-    batch_size = config.train.batch_size
     phases = _phases(config, train, vocabulary)
-    model = BertForPreTraining(config.model, compute_dtype(config.train.compute_dtype))
+    task = task_without_data(config)
+
+    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+        make_batch = partial(phases.make_batch, rows=rows)
+        return prefetch(make_batch, start_step, config.train.num_steps, num_workers=config.inputs.num_workers)
+
+    if held_out is not None:
+        model = _model(config)
+        task = dataclasses.replace(
+            task, evaluators={"held_out": _evaluator(config, model, train, held_out, vocabulary)}
+        )
+    return dataclasses.replace(task, batches=batches)
+
+
+def _model(config: PretrainConfig) -> BertForPreTraining:
+    return BertForPreTraining(config.model, compute_dtype(config.train.compute_dtype))
+
+
+def task_without_data(config: PretrainConfig) -> Task:
+    """All of the task that settings alone decide: enough to compile its step for the shapes of ``batch_shapes``."""
+    model, batch_size = _model(config), config.train.batch_size
 
     def init(key: Array) -> Params:
         ids = jnp.zeros((1, 8), jnp.int32)
@@ -44,11 +64,10 @@ def make_task(
         return pretraining_sums(model, params, batch, key)
 
     def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
-        make_batch = partial(phases.make_batch, rows=rows)
-        return prefetch(make_batch, start_step, config.train.num_steps, num_workers=config.inputs.num_workers)
+        raise AssertionError("a task without data has no batches")
 
     def cost(step: int) -> Cost:
-        inputs = phases.at(step).config
+        inputs = inputs_at(config, step)
         flops = flops_per_example(config.model, inputs.length, inputs.max_predictions)
         return Cost(tokens=batch_size * inputs.length, flops=batch_size * flops)
 
@@ -59,7 +78,6 @@ def make_task(
         batches=batches,
         param_rules=PARAM_RULES,
         axis_fields=AXIS_FIELDS,
-        evaluators={} if held_out is None else {"held_out": _evaluator(config, model, train, held_out, vocabulary)},
         cost=cost,
     )
 
@@ -111,6 +129,29 @@ def _evaluator(
         return held_out_sums(model, params, batch, log_unigram_V)
 
     return Evaluator(batches, metric_sums, objective="mlm_loss")
+
+
+def inputs_at(config: PretrainConfig, step: int) -> InputsConfig:
+    """What the examples of a step look like."""
+    switch = config.inputs.long_from_step
+    return config.inputs if switch is None or step < switch else long_inputs(config)
+
+
+def batch_shapes(config: PretrainConfig, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch of a step (``PairExamples.examples``)."""
+    inputs, batch = inputs_at(config, step), (config.train.batch_size,)
+    length, predictions = (*batch, inputs.length), (*batch, inputs.max_predictions)
+    shapes = {
+        "tokens": (length, "int32"),
+        "segments": (length, "int32"),
+        "valid": (length, "bool"),
+        "masked_positions": (predictions, "int32"),
+        "masked_tokens": (predictions, "int32"),
+        "masked_weights": (predictions, "float32"),
+        "next_is_random": (batch, "int32"),
+        "example_weights": (batch, "float32"),
+    }
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
 def long_inputs(config: PretrainConfig) -> InputsConfig:

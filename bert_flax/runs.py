@@ -16,7 +16,7 @@ from bert_flax.sharding import PARAM_RULES
 from core_flax import config as configs
 from core_flax.cli import settings_of
 from core_flax.data.records import Manifest, PassageStore
-from core_flax.lock import only_writer
+from core_flax.distributed import first_does, only_run
 from core_flax.loop import train
 from core_flax.program import check_settings, make_program
 from core_flax.run import CONFIG, LOCK, Run, busy, with_vocabulary
@@ -72,7 +72,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
     asked = dataclasses.replace(settings_of(command, PretrainConfig), optimizer=optimizer)
     _check_model(asked)
     check_settings(asked, PARAM_RULES)
-    with only_writer(workdir / LOCK, busy(workdir)):
+    with only_run(workdir / LOCK, busy(workdir)):
         old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
         if old:
             data = old.data_folder(command.data)
@@ -93,11 +93,14 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
 
 def _own_text(workdir: Path) -> Path:
     data = workdir / "data"
-    if not (data / "manifest.json").exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        prepare(
-            PrepareConfig(input=("python:docs",), output=str(data), vocab_size=OWN_TEXT_VOCAB_SIZE, valid_fraction=0.05)
-        )
+    own = PrepareConfig(("python:docs",), str(data), vocab_size=OWN_TEXT_VOCAB_SIZE, valid_fraction=0.05)
+
+    def make() -> None:
+        if not (data / "manifest.json").exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            prepare(own)
+
+    first_does(make)
     return data
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import jax
 
 from core_flax import sharding
+from core_flax.agreement import Agreement
 from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, RunConfig
+from core_flax.distributed import naming_the_lost
 from core_flax.logs import Interval
 from core_flax.program import Program, first_state
 from core_flax.recorder import GivenUp, Recorder, is_multiple
-from core_flax.signals import Interrupted, StopFlag, stop_on_signal
+from core_flax.signals import Interrupted, stop_on_signal
 from core_flax.state import TrainState
 from core_flax.task import Task
 
@@ -40,17 +42,18 @@ def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dic
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(program.mesh))
-        stop = stack.enter_context(stop_on_signal())
+        agreement = Agreement(program.mesh, stack.enter_context(stop_on_signal()))
         # Left last to first, after an error too: a checkpoint under way is completed before anything is reported.
         saver = Saver(Checkpoints(workdir / "checkpoints", config.checkpoint), config.checkpoint)
         stack.enter_context(contextlib.closing(saver.checkpoints))
         restored = saver.restore(program.abstract_state)
         state, start = restored or (first_state(task, program, config.seed), 0)
-        recorder = Recorder(task, config, program, workdir, start, stop)
+        recorder = Recorder(task, config, program, workdir, start, agreement)
         stack.enter_context(contextlib.closing(recorder))
+        stack.enter_context(naming_the_lost())
         recorder.announce(state)
         recorder.interval = saver.interval(start)
-        after = partial(_after, config, saver, recorder, stop)
+        after = partial(_after, config, saver, recorder, agreement)
         held_out = after(start, state) if _owes_evaluation(config, saver, start) else {}
         if start < config.train.num_steps:
             held_out = _steps(task, config, program, state, start, recorder, after)
@@ -91,7 +94,7 @@ def _steps(
 
 
 def _after(
-    config: RunConfig, saver: "Saver", recorder: Recorder, stop: StopFlag, step: int, state: TrainState
+    config: RunConfig, saver: "Saver", recorder: Recorder, agreement: Agreement, step: int, state: TrainState
 ) -> Mapping[str, float]:
     """Evaluates, saves and stops as is due after a step. Returns the held-out metrics if they were taken.
 
@@ -107,8 +110,9 @@ def _after(
             held_out = recorder.evaluate(step, state.measured)
         except GivenUp:
             complete = False
-    told = stop.signal  # read once: it may come at any moment, and what is said must be what was done
-    if told or is_last or saver.is_due(step, held_out):
+    is_time = agreement.settle(saver.is_time())
+    told = agreement.signal  # read once: it may come at any moment, and what is said must be what was done
+    if told or is_last or is_time or saver.is_due(step, held_out):
         recorder.confirm(step, state.params)
         with recorder.pause("saving"):
             saver.save(state, held_out, recorder.interval)
@@ -147,9 +151,16 @@ class Saver:
 
     def is_due(self, step: int, held_out: Mapping[str, float]) -> bool:
         """Whether the state of this step, with these held-out metrics if any were taken, is to be saved."""
-        minutes = (time.monotonic() - self._last) / 60
         is_best = self._config.keep_best > 0 and bool(held_out) and held_out["loss"] < self._best
-        return is_best or is_multiple(self._config.every_steps, step) or 0 < self._config.every_minutes <= minutes
+        return is_best or is_multiple(self._config.every_steps, step)
+
+    def is_time(self) -> bool:
+        """Whether the minutes between checkpoints have passed by this process's clock; true once for each of them."""
+        minutes = (time.monotonic() - self._last) / 60
+        if not 0 < self._config.every_minutes <= minutes:
+            return False
+        self._last = time.monotonic()
+        return True
 
     def save(self, state: TrainState, held_out: Mapping[str, float], interval: Interval) -> None:
         """Starts to save; returns when the state may be given up."""

@@ -12,13 +12,14 @@ import jax
 from jax.sharding import Mesh
 
 from core_flax import hardware
+from core_flax.agreement import Agreement
 from core_flax.config import RunConfig
 from core_flax.evaluate import make_evaluate
 from core_flax.logs import Interval, MetricsFile, Progress, open_tensorboard
 from core_flax.optim import sums_of_squares
 from core_flax.params import count
 from core_flax.program import Program
-from core_flax.signals import EXIT_NOT_FINITE, StopFlag, Stopped
+from core_flax.signals import EXIT_NOT_FINITE, Stopped
 from core_flax.state import TrainState
 from core_flax.step import Metrics, first_bad_parameter
 from core_flax.task import Evaluator, Task
@@ -38,12 +39,12 @@ class GivenUp(Exception):
     """An evaluation that a signal put an end to."""
 
 
-def _until_told(evaluator: Evaluator, stop: StopFlag) -> Evaluator:
+def _until_told(evaluator: Evaluator, agreement: Agreement) -> Evaluator:
     """The evaluator, given up before its next batch once a signal has come."""
 
     def batches() -> Iterator[Batch]:
         for batch in evaluator.batches():
-            if stop:
+            if agreement.stop_now():
                 raise GivenUp
             yield batch
 
@@ -60,7 +61,7 @@ class Recorder:
     """
 
     def __init__(
-        self, task: Task, config: RunConfig, program: Program, workdir: Path, start: int, stop: StopFlag
+        self, task: Task, config: RunConfig, program: Program, workdir: Path, start: int, agreement: Agreement
     ) -> None:
         self._config = config
         self._mesh = program.mesh
@@ -68,7 +69,7 @@ class Recorder:
         self._start = start
         self._saved = start  # the newest step that was found good and saved; 0: none was
         self._evaluators = {
-            name: make_evaluate(_until_told(each, stop), program.mesh) for name, each in task.evaluators.items()
+            name: make_evaluate(_until_told(each, agreement), program.mesh) for name, each in task.evaluators.items()
         }
         self._ranks = {name: (-1 if each.maximize else 1, each.objective) for name, each in task.evaluators.items()}
         self._abstract_params = program.abstract_state.params

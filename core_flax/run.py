@@ -16,6 +16,7 @@ import jax
 from core_flax import config as configs
 from core_flax.checkpoint import load_params
 from core_flax.config import MeshConfig, RunConfig
+from core_flax.distributed import first_does
 from core_flax.evaluate import make_evaluate
 from core_flax.sharding import make_mesh, replicated
 from core_flax.task import Evaluator
@@ -73,11 +74,14 @@ class Run(Generic[C]):
         )
 
     def save(self, tokenizer_file: str, write_tokenizer: Callable[[Path], None]) -> None:
-        """Write tokenizer and settings; config.json last, since it makes the folder a run.
+        """Write tokenizer and settings; config.json last, since it makes the folder a run. The first process does.
 
         Raises:
           UserError: the disk is full, or does not let us write there.
         """
+        first_does(lambda: self._save(tokenizer_file, write_tokenizer))
+
+    def _save(self, tokenizer_file: str, write_tokenizer: Callable[[Path], None]) -> None:
         with configs.writing(self.workdir):
             self.workdir.mkdir(parents=True, exist_ok=True)
         home = self.workdir.absolute()  # the folder of a run may be moved, with the data that is in it

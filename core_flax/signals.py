@@ -13,6 +13,9 @@ EXIT_INTERRUPTED = 75
 EXIT_NOT_FINITE = 70
 """Exit status after a loss or gradient that is not finite (EX_SOFTWARE: the same command would end there again)."""
 
+EXIT_PEER_LOST = 76
+"""Exit status when another process of the run was lost (EX_PROTOCOL): the same command goes on from the last save."""
+
 
 class Stopped(Exception):
     """A run that ended before its last step, with nothing lost that was good; its text is one line for the user."""

@@ -1,1 +1,1 @@
-"""Planning and launching runs on other machines: not here yet."""
+"""Planning runs for devices that are not here, and running them on several hosts."""

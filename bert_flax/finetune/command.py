@@ -24,6 +24,7 @@ from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
 from core_flax import config as configs
+from core_flax.distributed import first_does, join
 from core_flax.sharding import check_batch_size, make_mesh
 from core_flax.types import UserError
 
@@ -86,6 +87,7 @@ def finetune(name: str, command: FinetuneCommand) -> None:
     home = configs.local_folder("--workdir", command.workdir)
     if (home / CONFIG).exists():
         raise UserError(f"--workdir {home} is the folder of one run or model; give a folder for the runs of this task")
+    join()
     _check_batch_sizes(command)
     labels = find_labels(command.columns, command.data) if name == "custom" and not command.regression else ()
     task = TaskChoice(name, command.columns, labels, command.regression)
@@ -259,8 +261,11 @@ def finish_all(home: Path, names: Sequence[str]) -> None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    with configs.replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    def write() -> None:
+        with configs.replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    first_does(write)
 
 
 def _cell(mean: float | None, deviation: float | None) -> str:

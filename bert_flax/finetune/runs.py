@@ -19,7 +19,7 @@ from bert_flax.finetune.tasks import TASKS, TaskSpec, custom_task
 from bert_flax.huggingface import Pretrained
 from core_flax import config as configs
 from core_flax.checkpoint import best_step, load_params
-from core_flax.lock import only_writer
+from core_flax.distributed import first_does, only_run
 from core_flax.loop import train
 from core_flax.params import leaves
 from core_flax.program import make_program
@@ -176,7 +176,7 @@ def run(
     """
     config = resolve(settings, pretrained.config, data.train.num_units)
     new = FinetuneRun(folder, config, task, pretrained.vocabulary, origin)
-    with only_writer(folder / "run.lock", f"another run is writing to {folder}; stop it or give another --workdir"):
+    with only_run(folder / "run.lock", f"another run is writing to {folder}; stop it or give another --workdir"):
         if (folder / CONFIG).exists():
             _check_resumable(FinetuneRun.load(folder), new)
         done = Result.load(folder)
@@ -186,12 +186,12 @@ def run(
         row_multiple = ways_of_batch(make_mesh(config.mesh)) * config.train.num_microbatches
         learned = make_task(config, task.spec, data.train, data.held_out, pretrained.params, row_multiple)
         program = make_program(learned, config)
-        new.save()
+        first_does(new.save)
         print(_shapes(PackedUnits(data.train, config.inputs.max_length, row_multiple), config), flush=True)
         resumed, began = (folder / "checkpoints").exists(), time.perf_counter()
         train(learned, config, program, folder)
         result = _result(new, time.perf_counter() - began, resumed)
-        result.save(folder)
+        first_does(lambda: result.save(folder))
         return result
 
 

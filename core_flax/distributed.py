@@ -1,0 +1,230 @@
+"""One run of several processes: how they find each other, what only the first does, how the loss of one is told.
+
+All of it is jax.distributed: its coordination service, run by the first process, knows who is there and who has gone.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+from jax._src import distributed as _jax_distributed  # the coordination service has no public name; Orbax does the same
+
+from core_flax.lock import only_writer
+from core_flax.signals import EXIT_PEER_LOST, Stopped
+from core_flax.types import UserError
+
+ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+"""Environment that a launcher gives: where the first process listens, how many there are, which one this is."""
+WAIT = "FLAX_JOIN_SECONDS"
+"""Environment: how long to wait for the others to start; by default DEFAULT_WAIT_SECONDS."""
+DEFAULT_WAIT_SECONDS = 300
+HEARTBEAT_SECONDS = 30
+"""A process that has not been heard of for so long is lost, and the others end."""
+LEAVE_SECONDS = 30
+"""How long a process that is done waits for the others to be done as well."""
+
+
+def join() -> None:
+    """Makes this process one of its job's, if it is in one; from then on only the first prints to standard output.
+
+    The job is told by a launcher's environment (``ADDRESS``, ``COUNT``, ``NUMBER``), or it is what JAX recognises: a
+    Slurm step, Open MPI, a Cloud TPU slice of one or several hosts, GKE. Call it before anything asks for devices.
+
+    Raises:
+      UserError: the environment is incomplete, or not all processes came together in time.
+    """
+    if jax.distributed.is_initialized():
+        return
+    wait = _number(os.environ, WAIT, DEFAULT_WAIT_SECONDS)
+    arguments = _from_launcher(os.environ) or _from_scheduler(os.environ)
+    if arguments is None:
+        return
+    deadline = time.monotonic() + wait
+    if arguments.get("process_id"):
+        _reach(arguments["coordinator_address"], deadline, wait)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    with _giving_up_at(deadline, wait):
+        try:
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=wait + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=LEAVE_SECONDS,
+            )
+        except ValueError as error:
+            if "should be defined" in str(error) or "must be defined" in str(error):
+                return  # a TPU of one host, outside of Google's cloud
+            raise
+    _keep_output_to_the_first()
+
+
+@contextlib.contextmanager
+def _giving_up_at(deadline: float, wait: int) -> Iterator[None]:
+    """Ends the process with one line if what is inside takes longer: JAX would abort it with its own stack."""
+
+    def give_up() -> None:
+        print(
+            f"error: not all processes of this job came together within {wait} s; see that each of them runs, with "
+            f"the same coordinator and number of processes ({WAIT} sets the time)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _keep_output_to_the_first() -> None:
+    """From here on only the first process's Python writes to standard output.
+
+    Libraries' C++ goes nowhere: gloo greets there.
+    """
+    sys.stdout.flush()
+    own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    if not leads():
+        os.dup2(nowhere, own)
+    os.close(nowhere)
+    sys.stdout = os.fdopen(own, "w", buffering=1, encoding="utf-8")
+
+
+def _from_launcher(env: Mapping[str, str]) -> dict | None:
+    given = [name for name in (ADDRESS, COUNT, NUMBER) if env.get(name)]
+    if COUNT not in given and NUMBER not in given:
+        return None  # the address alone is JAX's own setting, beside a scheduler's
+    missing = [name for name in (ADDRESS, COUNT, NUMBER) if name not in given]
+    if missing:
+        raise UserError(f"{', '.join(given)} set, but not {', '.join(missing)}; set all three or none")
+    count, number = _number(env, COUNT), _number(env, NUMBER)
+    host, _, port = env[ADDRESS].rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{ADDRESS}={env[ADDRESS]}: must be HOST:PORT")
+    if number >= count:
+        raise UserError(f"{NUMBER}={number}: must be less than {COUNT}={count}")
+    if count == 1:
+        return None
+    return {"coordinator_address": env[ADDRESS], "num_processes": count, "process_id": number}
+
+
+def _from_scheduler(env: Mapping[str, str]) -> dict | None:
+    """What to tell JAX in a scheduler's job; None where there is none, or its only process is this one."""
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        if env.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1" and env.get("SLURM_GPUS_ON_NODE"):
+            # JAX gives a Slurm task one GPU, though a node's only task is to have all of them.
+            return {"local_device_ids": list(range(int(env["SLURM_GPUS_ON_NODE"])))}
+        return {}
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return {}
+    has_tpu = importlib.util.find_spec("libtpu") and (any(Path("/dev").glob("accel*")) or Path("/dev/vfio").is_dir())
+    return {} if has_tpu and env.get("JAX_PLATFORMS", "tpu").startswith("tpu") else None
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: must be a whole number, 0 or more")
+    return int(text)
+
+
+def _reach(address: str, deadline: float, wait: int) -> None:
+    """Waits until the coordinator listens. JAX would wait as well, but not say what is wrong."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the coordinator at {address} cannot be reached within {wait} s ({error.strerror or error}); see "
+                    f"that process 0 runs there, that {ADDRESS} is right and that the port is open"
+                ) from error
+        time.sleep(0.2)
+
+
+def leads() -> bool:
+    """Whether this is the first process: the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+class PeerLost(Stopped):
+    """Another process of the run has gone, and nobody said which."""
+
+    status = EXIT_PEER_LOST
+
+
+_NETWORK = re.compile("gloo|nccl|connection|peer|unavailable|heartbeat|socket", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """When a collective fails because a process has gone, lets the coordination service say which.
+
+    It knows when the heartbeats have stayed away for HEARTBEAT_SECONDS, and then ends this process, naming the other.
+
+    Raises:
+      PeerLost: it did not.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # jaxlib makes a ValueError of some statuses
+        said = " ".join(str(error).split())[:200]
+        if jax.process_count() == 1 or not _NETWORK.search(said):
+            raise
+        number = jax.process_index()
+        print(f"process {number}: lost contact with another ({said}); waiting to hear with which", file=sys.stderr)
+        sys.stderr.flush()
+        time.sleep(HEARTBEAT_SECONDS + 20)
+        raise PeerLost(f"process {number} lost contact with another; run the same command to resume") from error
+
+
+_calls = itertools.count()
+
+
+def first_does(action: Callable[[], None]) -> None:
+    """The first process does it; all go on when it is done. Every process must come here, in the same order.
+
+    Raises:
+      UserError: the first one's, in all of them.
+    """
+    if jax.process_count() == 1:
+        return action()
+    client, key = _jax_distributed.global_state.client, f"core_flax/first/{next(_calls)}"
+    assert client is not None
+    if leads():
+        try:
+            action()
+        except UserError as error:
+            client.key_value_set(key, f"refused: {error}")
+            raise
+        client.key_value_set(key, "done")
+        return None
+    # However long it takes: that the first process has gone, its heartbeats would tell.
+    day = 24 * 3600 * 1000
+    outcome = client.blocking_key_value_get(key, day)
+    if outcome != "done":
+        raise UserError(outcome.removeprefix("refused: "))
+    return None
+
+
+@contextlib.contextmanager
+def only_run(path: Path, refusal: str) -> Iterator[None]:
+    """``lock.only_writer`` for all processes of a run: the first holds the lock, and all are refused alike."""
+    with contextlib.ExitStack() as stack:
+        first_does(lambda: stack.enter_context(only_writer(path, refusal)))
+        yield

@@ -1,0 +1,97 @@
+"""``flax-launch plan``: one plan, or the best of many."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from core_flax.types import UserError
+from launch import chips, report
+from launch.families import PRESETS, settings
+from launch.plan import OutOfMemoryError, Plan, make_plan
+
+
+def plan(name: str, command: Any) -> None:
+    """Prints the plan of a preset, or the best few of a search.
+
+    Raises:
+      UserError: it does not fit (with what would help), or settings do not fit each other or the devices.
+    """
+    topology = chips.find(command.topology)
+    config = settings(name, command, topology.is_cpu)
+    family = PRESETS[name]
+
+    def make(config: Any) -> Plan:
+        return make_plan(family.task(config), config, family.batch(config, config.train.num_steps - 1), topology)
+
+    if command.search:
+        return _search(make, config, topology, command)
+    try:
+        found = make(config)
+    except OutOfMemoryError as error:
+        raise UserError(_too_large(config, topology, error.needed)) from error
+    print(json.dumps(report.as_json(found)) if command.json else "\n".join(report.lines(found, topology)))
+    if found.fits is False:
+        raise UserError(_too_large(config, topology, found.memory.total))
+    return None
+
+
+def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> str:
+    capacity = topology.chip.memory
+    size = "" if needed is None else f"{needed / chips.GIB:.1f} GiB "
+    has = "" if capacity is None else f" and a device has {capacity / chips.GIB:.1f} GiB"
+    remedies = []
+    if config.mesh.fsdp < len(topology.devices):
+        remedies.append(f"--mesh.fsdp {min(len(topology.devices), max(2, 4 * config.mesh.fsdp))}")
+    remedies.append(f"--train.num-microbatches {2 * config.train.num_microbatches}")
+    if config.model.remat != "block":
+        remedies.append("--model.remat block")
+    remedies.append("a smaller --batch")
+    return f"out of memory: the step needs {size}a device{has}; try {', '.join(remedies)}, or --search"
+
+
+def candidates(config: Any, num_devices: int) -> Iterator[Any]:
+    """Settings to try, those that need the fewest collectives and the least work first."""
+    fsdps = [ways for ways in _powers(num_devices) if ways in (1, 4, 16, 64, 256) or ways == num_devices]
+    for tensor in (1, 2, 4, 8):
+        for remat in dict.fromkeys((config.model.remat, "none", "elementwise", "block")):
+            for microbatches in (1, 2, 4, 8):
+                for fsdp in fsdps:
+                    if fsdp * tensor <= num_devices:
+                        yield dataclasses.replace(
+                            config,
+                            mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=tensor),
+                            train=dataclasses.replace(config.train, num_microbatches=microbatches),
+                            model=dataclasses.replace(config.model, remat=remat),
+                        )
+
+
+def _powers(number: int) -> list[int]:
+    return [2**power for power in range(number.bit_length()) if number % 2**power == 0]
+
+
+def _search(make: Any, config: Any, topology: chips.Topology, command: Any) -> None:
+    plans: list[tuple[str, Plan]] = []
+    tried = 0
+    for candidate in candidates(config, len(topology.devices)):
+        if tried == command.compilations:
+            break
+        try:
+            found = make(candidate)
+        except UserError:
+            continue  # such a mesh cannot be
+        except OutOfMemoryError:
+            tried += 1
+            continue
+        tried += 1
+        if found.fits is not False:
+            plans.append((candidate.model.remat, found))
+    if not plans:
+        raise UserError(
+            f"none of {tried} settings tried fits; try a larger topology, a smaller --batch or more --compilations"
+        )
+    best = sorted(plans, key=lambda pair: pair[1].roofline.step or pair[1].memory.total)[:5]
+    if command.json:
+        print(json.dumps([report.as_json(found) | {"remat": remat} for remat, found in best]))
+    else:
+        print("\n".join([f"{tried} tried, {len(plans)} fit", *report.table(best)]))

@@ -1,0 +1,147 @@
+"""What is written for Slurm, GKE and TPU VMs: as the golden files have it, and as each of them reads it.
+
+``FLAX_WRITE_GOLDEN=1 pytest tests/launch/test_jobs.py`` writes the golden files anew.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import gke, slurm, tpu_vm
+from launch.cli import main
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMAND = ["bert-flax", "pretrain", "bert_large", "--workdir", "/shared/runs/a b", "--mesh.fsdp", "4"]
+JOBS = {
+    "slurm": slurm.make_job(slurm.SlurmCommand(name="bert", nodes=2, gpus_per_node=8, setup="source env"), COMMAND),
+    "gke": gke.make_job(
+        gke.GkeCommand(name="bert", topology="v5e:4x8", image="registry.example/bert:1", slices=2, spot=True), COMMAND
+    ),
+    "tpu-vm": tpu_vm.make_job(
+        tpu_vm.TpuVmCommand(name="bert", topology="v5p:4x4x8", zone="us-east5-a", project="p", spot=True), COMMAND
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_files_are_as_committed(name):
+    job = JOBS[name]
+    written = job.content + "".join(f"# {' '.join(command)}\n" for command in job.commands)
+    golden = GOLDEN / f"{job.file}.txt"
+    if os.environ.get("FLAX_WRITE_GOLDEN"):
+        golden.write_text(written, encoding="utf-8")
+    assert written == golden.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["slurm", "tpu-vm"])
+def test_scripts_are_bash(name):
+    checked = subprocess.run(["bash", "-n"], input=JOBS[name].content, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_jobset_counts_hosts_and_chips():
+    """4 x 8 chips of v5e in a slice of several hosts are eight nodes of four (GKE, "plan TPUs")."""
+    (replicated,) = json.loads(JOBS["gke"].content)["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert replicated["replicas"] == 2 and job["parallelism"] == job["completions"] == 8
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["containers"][0]["command"] == COMMAND
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"), [("v5e:16x16", "v5litepod-256"), ("v5p:4x4x8", "v5p-256"), ("v6e:4x4", "v6e-16")]
+)
+def test_accelerator_types_count_cores_where_google_does(topology, expected):
+    """docs.cloud.google.com/tpu: v5p-256 is 128 chips, v5litepod-256 is 256."""
+    assert tpu_vm.accelerator_type(topology) == expected
+
+
+SBATCH = """#!/bin/bash
+echo "$(basename "$0") $*" >> "$LOG"
+case "$(basename "$0")" in srun) exit "$STATUS" ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, 0, False), (75, 1000, True), (2, 0, False), (70, 0, False), (1, 0, False), (137, 0, True), (76, 10, False)],
+)
+def test_a_slurm_job_is_requeued_only_if_it_can_go_on(tmp_path, status, restarts, requeued):
+    """The script is run with srun and scontrol of the test's own."""
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text(SBATCH)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "env").write_text("")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "STATUS": str(status)}
+    env |= {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(["bash"], input=JOBS["slurm"].content, env=env, cwd=tmp_path, text=True, check=False)
+    ran = (tmp_path / "log").read_text().splitlines()
+    assert ran[0] == "srun --wait=60 bert-flax pretrain bert_large --workdir /shared/runs/a b --mesh.fsdp 4"
+    assert ("scontrol requeue 17" in ran) is requeued
+    assert done.returncode == (0 if requeued else status)
+
+
+GCLOUD = """#!/bin/bash
+echo "$*" >> "$LOG"
+case "$*" in
+  *describe*) cat "$STATE" 2>/dev/null ;;
+  *queued-resources\\ create*) echo ACTIVE > "$STATE" ;;
+  *queued-resources\\ delete*) rm "$STATE" ;;
+  *kill*) ;;
+  *ssh*) [ -e "$STATE.again" ] && exit 0; touch "$STATE.again"; echo SUSPENDED > "$STATE"; exit 255 ;;
+esac
+"""
+
+
+def test_a_slice_that_is_preempted_is_asked_for_again(tmp_path):
+    """The script is run with a gcloud of the test's own, whose first slice is taken away while the command runs."""
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "STATE": str(tmp_path / "state")}
+    done = subprocess.run(["bash"], input=JOBS["tpu-vm"].content, env=env, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    log = [line.split()[2:4] for line in (tmp_path / "log").read_text().splitlines() if "describe" not in line]
+    create, delete, ssh = ["queued-resources", "create"], ["queued-resources", "delete"], ["tpu-vm", "ssh"]
+    assert log == [create, ssh, ssh, delete, create, ssh, delete]  # the second ssh ends what is left of the first
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "wrong"),
+    [
+        (["slurm", "--name", "bert"], "no command to run; give one after --"),
+        (["slurm", "--name", "My Run", "--", "x"], "--name My Run: must begin with a letter"),
+        (["slurm", "--", "x"], "--name must be given"),
+        (["slurm", "--name", "bert", "--nodes", "0", "--", "x"], "--nodes 0: must be 1 or more"),
+        (
+            ["gke", "--name", "b", "--image", "i", "--topology", "v5e:3x5", "--", "x"],
+            "unknown topology 'v5e:3x5'; there",
+        ),
+        (["gke", "--name", "b", "--image", "i", "--topology", "cpu:4", "--", "x"], "runs on TPU slices, as v5e:16x16"),
+        (["local", "--processes", "0", "--", "x"], "--processes 0: must be 1 or more"),
+        (["local", "--", "no-such-program"], "no-such-program: No such file or directory"),
+        (["plan", "bert_bse", "--topology", "cpu:4"], "unknown preset 'bert_bse'; did you mean bert_base?"),
+        (["plan", "bert_base", "--topology", "v9:2x2"], "unknown topology 'v9:2x2'; there are cpu:N, local, and TPU"),
+        (["plan", "bert_base"], "--topology must be given"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, argv, wrong):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and wrong in err
+
+
+def test_dry_run_prints_what_would_be_run_and_does_nothing(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["slurm", "--name", "bert", "--output", str(tmp_path), "--dry-run", "--", *COMMAND])
+    assert stop.value.code == 0 and list(tmp_path.iterdir()) == []
+    out = capsys.readouterr().out
+    assert "srun --wait=60 bert-flax pretrain bert_large --workdir '/shared/runs/a b' --mesh.fsdp 4" in out
+    assert out.splitlines()[-1] == "sbatch bert.sbatch"

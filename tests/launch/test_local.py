@@ -1,0 +1,134 @@
+"""``flax-launch local``: two processes of two devices each, joined over gloo, are one run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Process
+
+from core_flax.checkpoint import list_steps
+from launch.local import LocalCommand, run
+
+LONG = {"train__num_steps": 100_000, "checkpoint__every_steps": 0, "mesh__fsdp": 2}
+SECONDS = 100
+
+
+def launch(*argv, processes=2, devices=2):
+    """The launcher as a user runs it, on as few optimizations as compile fastest."""
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    options = ["local", f"--processes={processes}", f"--devices={devices}", "--"]
+    command = [sys.executable, "-m", "launch.cli", *options, *map(str, argv)]
+    return Process(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def training(bert_flax, workdir, **changes):
+    return [sys.executable, "-m", "bert_flax.cli", *bert_flax.pretrain(workdir, **changes)]
+
+
+def losses(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.communicate()[1])
+
+
+def members(launcher):
+    """Process numbers of the job's processes, by their number in it."""
+    found = {}
+    for task in Path(f"/proc/{launcher.pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            env = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            found[int(next(each for each in env if each.startswith(b"JAX_PROCESS_ID=")).partition(b"=")[2])] = int(
+                child
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(bert_flax, tmp_path_factory):
+    """A run of two processes, one of which was killed outright after six steps; what the launcher said."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    with launch(*training(bert_flax, workdir, **LONG | {"checkpoint__every_steps": 2})) as launcher:
+        wait_for(launcher, "step 6/")
+        family = members(launcher)
+        os.kill(family[1], signal.SIGKILL)
+        began = time.monotonic()
+        out, err = launcher.communicate(timeout=SECONDS)
+    return workdir, launcher.returncode, out, err, time.monotonic() - began, family
+
+
+def test_one_that_is_killed_ends_the_others_and_is_named(killed):
+    _, status, _, err, seconds, family = killed
+    assert status == 128 + signal.SIGKILL
+    assert "flax-launch: process 1 of 2 was killed by SIGKILL; ending the others" in err.splitlines()
+    assert seconds < 60
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in family.values())
+
+
+def test_a_run_that_lost_a_process_goes_on_with_one(killed, bert_flax, finished_run):
+    """On other devices, from the newest checkpoint, as the run that never stopped."""
+    workdir = killed[0]
+    again = bert_flax.run(*bert_flax.pretrain(workdir, train__num_steps=6))
+    assert again.returncode == 0 and again.stderr == ""
+    assert "resumes at step" in again.stdout or "nothing to train" in again.stdout
+    assert losses(workdir) == pytest.approx(losses(finished_run), abs=1e-5)
+
+
+def test_a_signal_to_one_makes_all_save_the_same_step(bert_flax, tmp_path):
+    with launch(*training(bert_flax, tmp_path, **LONG)) as launcher:
+        wait_for(launcher, "step 3/")
+        os.kill(members(launcher)[1], signal.SIGTERM)
+        out, err = launcher.communicate(timeout=SECONDS)
+    (step,) = list_steps(tmp_path / "checkpoints")
+    assert launcher.returncode == 75
+    saved = f"bert-flax: SIGTERM: step {step} is saved; run the same command to resume"
+    assert sorted(err.splitlines()) == [f"[{number}] {saved}" for number in range(2)]
+    assert all(line.startswith("[0] step") for line in out.splitlines())  # only the first process prints
+    assert sorted(losses(tmp_path)) == list(range(1, step + 1))  # and writes
+
+
+def test_a_signal_to_the_launcher_is_passed_on_and_a_mistake_is_told():
+    sleeping = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(100)"]
+    with launch(*sleeping) as launcher:
+        wait_for(launcher, "ready")
+        wait_for(launcher, "ready")
+        launcher.send_signal(signal.SIGTERM)
+        _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "was killed by SIGTERM" in err
+
+
+def test_the_status_is_that_of_the_first_failure(capfd):
+    program = "import os, sys, time; n = int(os.environ['JAX_PROCESS_ID']); time.sleep(3 * (1 - n)); sys.exit(3 + n)"
+    assert run(LocalCommand(processes=2), [sys.executable, "-c", program]) == 4
+    assert "process 1 of 2 failed with exit status 4; ending the others" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("env", "wrong"),
+    [
+        ({"JAX_PROCESS_ID": "1"}, "the coordinator at localhost:1 cannot be reached within 1 s (Connection refused)"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: must be less than JAX_NUM_PROCESSES=2"),
+        ({"JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID=x: must be a whole number"),
+        ({}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES set, but not JAX_PROCESS_ID"),
+        ({"JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS=here: must be HOST:PORT"),
+    ],
+)
+def test_a_job_that_cannot_be_joined_is_refused_in_one_line(monkeypatch, call, bert_flax, tmp_path, env, wrong):
+    job = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "FLAX_JOIN_SECONDS": "1"}
+    for name, value in (job | env).items():
+        monkeypatch.setenv(name, value)
+    done = call(*bert_flax.pretrain(tmp_path / "run"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and wrong in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,178 @@
+"""Plans: what is read from a compiled program against counts by hand, and what a user is told."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from bert_flax.config import BertConfig, InputsConfig, PretrainConfig
+from bert_flax.model import flops_per_example
+from bert_flax.pretrain import batch_shapes, task_without_data
+from core_flax.config import MeshConfig, OptimizerConfig, TrainConfig
+from core_flax.types import UserError
+from launch.chips import CHIPS, GIB, Chip, Topology, parse_topology
+from launch.families import PRESETS
+from launch.hlo import Collective, Work, _convolution_flops, read_work
+from launch.plan import _roofline, collective_seconds, make_plan
+from launch.search import candidates
+
+N, B, D, WAYS = 20, 16, 32, 4
+CONFIG = PretrainConfig(
+    model=BertConfig(vocab_size=160, num_layers=2, width=32, num_heads=4, mlp_width=64, max_length=32, remat="none"),
+    inputs=InputsConfig(length=32, max_predictions=5),
+    optimizer=OptimizerConfig(name="adamw"),
+    train=TrainConfig(num_steps=10, batch_size=8),
+    mesh=MeshConfig(fsdp=4),
+)
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """Gradients of N layers of B x D rows over four devices, the weights whole on each."""
+    mesh = jax.make_mesh((WAYS,), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    w_NDD = jax.ShapeDtypeStruct((N, D, D), jnp.float32, sharding=whole)
+    x_BD = jax.ShapeDtypeStruct((B, D), jnp.float32, sharding=rows)
+
+    def loss(w_NDD, x_BD):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_NDD)[0])
+
+    return read_work(jax.jit(jax.grad(loss), out_shardings=whole).lower(w_NDD, x_BD).compile().as_text())
+
+
+def test_loops_count_as_often_as_they_run(layers):
+    """One product forward and two backward for each layer, but that nobody asks for the first input's gradient.
+
+    The loop computes it all the same.
+    """
+    assert layers.flops == 3 * N * 2 * (B // WAYS) * D * D
+
+
+def test_gradients_are_summed_once_over_all_devices(layers):
+    assert {(each.kind, each.group) for each in layers.collectives} == {("all-reduce", WAYS)}
+    assert sum(each.bytes * each.count for each in layers.collectives) == 4 * N * D * D
+
+
+def test_memory_traffic_is_of_slices_where_slices_are_read(layers):
+    """At least every weight read twice and its gradient written; less than all layers' weights for each layer."""
+    weights = 4 * N * D * D
+    assert 3 * weights < layers.bytes < N * weights
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_convolutions_of_tpus_count_as_the_batched_products_they_are(batch):
+    """[B, M, K] x [B, K, N] as a convolution over a dilated window of B, as XLA writes it for a TPU."""
+    m, k, n = 8, 16, 32
+    window = f"window={{size={batch} stride={max(1, batch - 1)} pad=0_0 lhs_dilate={batch}}}, dim_labels=0bf_0io->0bf"
+    flops = _convolution_flops((batch, m, k), (batch, k, n), (batch, m, n), ", " + window)
+    assert flops == 2 * batch * m * k * n
+
+
+def test_a_convolution_counts_no_padding():
+    """A filter of 3 over 5 places with one of padding on each side meets 2 + 3 + 3 + 3 + 2 places."""
+    rest = ", window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f"
+    assert _convolution_flops((7, 5, 2), (3, 2, 11), (7, 5, 11), rest) == 2 * 13 * 7 * 2 * 11
+
+
+@pytest.fixture(scope="module")
+def plan():
+    topology = Topology("cpu:4", jax.devices()[:4], Chip())
+    return make_plan(task_without_data(CONFIG), CONFIG, batch_shapes(CONFIG, 0), topology)
+
+
+def test_memory_is_told_by_what_takes_it(plan):
+    """Adam keeps two arrays for each parameter; over fsdp a device has a quarter, but of what is split (not norms)."""
+    params = jax.eval_shape(task_without_data(CONFIG).init, jax.random.key(0))
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert whole / 4 <= plan.memory.params < whole / 3
+    assert plan.memory.opt_state == pytest.approx(2 * plan.memory.params, rel=1e-3)
+    assert plan.memory.batch == sum(x.size * x.dtype.itemsize for x in batch_shapes(CONFIG, 0).values()) / 4
+    assert plan.memory.temporaries > 0 and plan.fits is None
+
+
+def test_operations_are_those_of_the_model(plan):
+    """A device does its quarter of the model's own count, nothing being computed again."""
+    model = 8 * flops_per_example(CONFIG.model, 32, 5)
+    assert model == plan.cost.flops
+    assert plan.flops == pytest.approx(model / 4, rel=0.02)
+
+
+def test_fsdp_moves_as_much_as_the_textbook_says(plan):
+    """Parameters are gathered forward and backward and gradients reduced: three times their bytes (Rajbhandari et al.
+    2020, arXiv 1910.02054, section 7.2.2: 1.5 times plain data parallelism)."""
+    params = jax.eval_shape(task_without_data(CONFIG).init, jax.random.key(0))
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    moved = sum(each.bytes * each.count * (2 if each.kind == "all-reduce" else 1) for each in plan.collectives)
+    assert 1.5 * whole < moved < 5 * whole
+
+
+def test_a_config_that_the_mesh_does_not_divide_is_refused():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(tensor=3))
+    with pytest.raises(UserError, match=r"mesh .* places for 4 devices"):
+        make_plan(
+            task_without_data(config), config, batch_shapes(config, 0), Topology("cpu:4", jax.devices()[:4], Chip())
+        )
+
+
+def test_batches_have_the_shapes_of_those_that_are_made(data):
+    from bert_flax.pretrain import make_task
+    from core_flax.data.records import PassageStore
+    from core_flax.text.wordpiece import WordPiece
+
+    vocabulary = WordPiece.load(data / "vocab.txt")
+    made = next(make_task(CONFIG, PassageStore(data, "train"), None, vocabulary).batches(0, range(8)))
+    told = {name: (x.shape, x.dtype) for name, x in batch_shapes(CONFIG, 0).items()}
+    assert told == {name: (x.shape, x.dtype) for name, x in made.items()}
+
+
+class FakeTpu:
+    platform, device_kind = "tpu", "TPU v5 lite"
+
+
+def test_the_roofline_is_that_of_a_calculation_by_hand():
+    """v5e: 197 TFLOP/s, 819 GB/s; a ring over 16 chips of a dim that wraps uses two links of 50 GB/s."""
+    topology = Topology("v5e:16x16", [FakeTpu()] * 256, CHIPS["v5e"], (16, 16))
+    reduce = Collective("all-reduce", 16, 1e9, 3)
+    assert collective_seconds(reduce, topology) == pytest.approx(2 * 1e9 * 15 / 16 / 100e9)
+    assert collective_seconds(Collective("all-gather", 256, 1e9, 1), topology) == pytest.approx(1e9 * 255 / 256 / 200e9)
+    kernels = [(197e12, 1e9, 2.0), (0.0, 819e9, 0.5)]
+    found = _roofline(Work(2 * 197e12, 2e9 + 0.5 * 819e9, kernels, [reduce]), topology)
+    assert found.compute == pytest.approx(2.0)
+    assert found.step == pytest.approx(2.5) and found.bound == "matrix products"
+    assert found.network == pytest.approx(3 * 2 * 15 / 16 / 100)
+
+
+@pytest.mark.parametrize("name", ["v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4"])
+def test_topologies_are_known(name):
+    assert np.prod(parse_topology(name)[1]) == np.prod([int(size) for size in name.split(":")[1].split("x")])
+    assert CHIPS[name.split(":")[0]].memory >= 16 * GIB
+
+
+def test_every_bert_preset_can_be_planned_and_searched():
+    assert {"bert_tiny", "bert_base", "bert_large"} <= PRESETS.keys()
+    tried = list(candidates(CONFIG, 16))
+    assert len({dataclasses.astuple(each) for each in tried}) == len(tried)
+    assert all(16 % (each.mesh.fsdp * each.mesh.tensor) == 0 for each in tried)
+
+
+def test_the_command_prints_a_plan(capsys):
+    """On the devices of this process, which are four."""
+    from launch.cli import main
+
+    sizes = ["--model.num-layers", "1", "--model.width", "32", "--model.num-heads", "4", "--model.mlp-width", "64"]
+    shape = ["--inputs.length", "32", "--inputs.max-predictions", "4", "--inputs.long-from-step", "None"]
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["plan", "bert_tiny", "--topology", "cpu:4", *sizes, *shape, "--batch", "8", "--mesh.tensor", "2", "--json"]
+        )
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    told = json.loads(out)
+    assert told["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2} | {
+        name: 1 for name in told["mesh"].keys() - {"data", "fsdp", "tensor"}
+    }
+    assert told["batch_size"] == 8 and told["memory"]["total"] > 0 and told["roofline"]["step"] is None
