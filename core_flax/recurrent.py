@@ -108,7 +108,7 @@ class LSTM(LSTMWeights):
     """One layer that reads sequences from left to right, or from right to left. Attributes: see LSTMWeights."""
 
     @nn.compact
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x_BLD: Array,
         initial_BF: LSTMState | None = None,

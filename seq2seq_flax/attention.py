@@ -21,7 +21,7 @@ def cross_mask(sequences_BL: Array, memory_BM: Array) -> Array:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention with biases to a memory, whose keys and values may be computed beforehand.
+    """Multi-head attention to a memory, whose keys and values may be computed beforehand.
 
     Otherwise core's MultiHeadAttention (Vaswani et al. 2017, section 3.2.2), with the same parameters.
 
@@ -31,6 +31,7 @@ class CrossAttention(nn.Module):
       dropout_rate: share of attention probabilities that is dropped in training.
       kernel_init: initialiser of the four projections.
       dtype: type of the computation; parameters are float32.
+      use_bias: whether they have biases.
     """
 
     width: int
@@ -38,18 +39,21 @@ class CrossAttention(nn.Module):
     dropout_rate: float
     kernel_init: nn.initializers.Initializer
     dtype: jnp.dtype = jnp.float32
+    use_bias: bool = True
 
     def setup(self) -> None:
         """Creates the projections."""
         heads = (self.num_heads, self.width // self.num_heads)
-        self.query, self.key, self.value = (Weights(heads, self.kernel_init, self.dtype) for _ in range(3))
-        self.out = Linear((self.width,), self.kernel_init, self.dtype, num_inputs=2)
+        self.query, self.key, self.value = (
+            Weights(heads, self.kernel_init, self.dtype, self.use_bias) for _ in range(3)
+        )
+        self.out = Linear((self.width,), self.kernel_init, self.dtype, self.use_bias, num_inputs=2)
         self.dropout = Dropout(self.dropout_rate)
 
     def keys_values(self, memory_BMD: Array) -> tuple[Array, Array]:
-        """Keys and values [B, M, H, K] of a memory."""
+        """Keys and values [B, H, M, K] of a memory: in the order that products want, in which caches keep them."""
         k_BMHK, v_BMHK = self._project(memory_BMD, self.key, self.value)
-        return k_BMHK, v_BMHK
+        return k_BMHK.swapaxes(1, 2), v_BMHK.swapaxes(1, 2)
 
     def __call__(
         self,
@@ -66,11 +70,13 @@ class CrossAttention(nn.Module):
         def dropout(probs_BHLM: Array) -> Array:
             return self.dropout(probs_BHLM, row_B=row_B, deterministic=deterministic)
 
-        return self.out(dot_product_attention(q_BLHK, *keys_values, mask_BHLM, dropout))
+        k_BMHK, v_BMHK = (x.swapaxes(1, 2) for x in keys_values)
+        return self.out(dot_product_attention(q_BLHK, k_BMHK, v_BMHK, mask_BHLM, dropout))
 
     def _project(self, x_BLD: Array, *projections: Weights) -> tuple[Array, ...]:
         """x mapped by each of the projections: one product, as narrow matrices leave cores idle."""
         weights = [projection(x_BLD.shape[-1:]) for projection in projections]
-        kernel, bias = (jnp.stack(parts, axis=-3) for parts in zip(*weights, strict=True))
+        kernels, biases = zip(*weights, strict=True)
+        kernel, bias = jnp.stack(kernels, axis=-3), jnp.stack(biases, axis=-3) if self.use_bias else None
         y = sharding.constrain(linear(x_BLD, kernel, bias), "batch", "length", "small", "heads", "head_width")
         return tuple(y[:, :, part] for part in range(len(projections)))

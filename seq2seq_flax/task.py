@@ -10,15 +10,14 @@ from core_flax.hardware import compute_dtype
 from core_flax.task import Cost, Evaluator, MetricSums, Task
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import Array, Batch, Params, Sums
+from seq2seq_flax.architectures import Model, axis_fields, flops_per_row, make_model, param_rules
 from seq2seq_flax.batches import PairBatches
-from seq2seq_flax.config import TranslateConfig
-from seq2seq_flax.model import Transformer, flops_per_row
+from seq2seq_flax.config import AnyTranslateConfig
 from seq2seq_flax.pairs import PairStore
-from seq2seq_flax.sharding import AXIS_FIELDS, PARAM_RULES
 
 
 def make_task(
-    config: TranslateConfig,
+    config: AnyTranslateConfig,
     train: PairStore,
     held_out: PairStore | None,
     tokenizer: SentencePiece,
@@ -33,7 +32,7 @@ def make_task(
       tokenizer: that of both.
       row_multiple: what the rows of a batch must divide by: devices that share it times microbatches.
     """
-    model = Transformer(config.model, compute_dtype(config.train.compute_dtype))
+    model = make_model(config.model, compute_dtype(config.train.compute_dtype))
     num_rows = config.train.batch_size
     pairs = PairBatches(train, config.inputs, num_rows, tokenizer.bos_id, row_multiple)
 
@@ -59,21 +58,21 @@ def make_task(
         loss_weights=loss_weights,
         loss_sums=loss_sums,
         batches=batches,
-        param_rules=PARAM_RULES,
-        axis_fields=AXIS_FIELDS,
+        param_rules=param_rules(config.model),
+        axis_fields=axis_fields(config.model),
         evaluators=evaluators,
         cost=lambda step: Cost(tokens=round(source_tokens + target_tokens), flops=flops),
     )
 
 
-def init_params(model: Transformer, key: Array) -> Params:
+def init_params(model: Model, key: Array) -> Params:
     """Parameters to begin with."""
     ids = jnp.zeros((1, 8), jnp.int32)
     return model.init(key, ids, ids, source_sequences_BM=ids, target_sequences_BL=ids)["params"]
 
 
 def make_evaluator(
-    config: TranslateConfig, model: Transformer, held_out: PairStore, tokenizer: SentencePiece
+    config: AnyTranslateConfig, model: Model, held_out: PairStore, tokenizer: SentencePiece
 ) -> Evaluator:
     """Loss (without smoothing) and accuracy over every held-out token, once each."""
     # What fits in training fits in evaluation; the sums are the same in whatever portions.
@@ -101,7 +100,7 @@ def loss_weights(batch: Batch) -> Sums:
 
 
 def translation_sums(
-    model: Transformer, params: Params, batch: Batch, key: Array | None, smoothing: float
+    model: Model, params: Params, batch: Batch, key: Array | None, smoothing: float
 ) -> tuple[Sums, MetricSums]:
     """Sums over target tokens: of the smoothed loss, and of the plain one ("nll", nats) and of right predictions."""
     logits_BLV = model.apply(
