@@ -23,24 +23,29 @@ MODULES = {
     "embeddings_source": ENCODER + "embed_tokens",
     "embeddings_target": DECODER + "embed_tokens",
     "embeddings_output": "lm_head",
+    "encoder/layers/attention/query": ENCODER + "layers.*.self_attn.q_proj",
+    "encoder/layers/attention/key": ENCODER + "layers.*.self_attn.k_proj",
+    "encoder/layers/attention/value": ENCODER + "layers.*.self_attn.v_proj",
+    "encoder/layers/attention/out": ENCODER + "layers.*.self_attn.out_proj",
+    "encoder/layers/attention_norm": ENCODER + "layers.*.self_attn_layer_norm",
+    "encoder/layers/mlp/up": ENCODER + "layers.*.fc1",
+    "encoder/layers/mlp/down": ENCODER + "layers.*.fc2",
+    "encoder/layers/mlp_norm": ENCODER + "layers.*.final_layer_norm",
+    "decoder/layers/self_attention/query": DECODER + "layers.*.self_attn.q_proj",
+    "decoder/layers/self_attention/key": DECODER + "layers.*.self_attn.k_proj",
+    "decoder/layers/self_attention/value": DECODER + "layers.*.self_attn.v_proj",
+    "decoder/layers/self_attention/out": DECODER + "layers.*.self_attn.out_proj",
+    "decoder/layers/self_attention_norm": DECODER + "layers.*.self_attn_layer_norm",
+    "decoder/layers/cross_attention/query": DECODER + "layers.*.encoder_attn.q_proj",
+    "decoder/layers/cross_attention/key": DECODER + "layers.*.encoder_attn.k_proj",
+    "decoder/layers/cross_attention/value": DECODER + "layers.*.encoder_attn.v_proj",
+    "decoder/layers/cross_attention/out": DECODER + "layers.*.encoder_attn.out_proj",
+    "decoder/layers/cross_attention_norm": DECODER + "layers.*.encoder_attn_layer_norm",
+    "decoder/layers/mlp/up": DECODER + "layers.*.fc1",
+    "decoder/layers/mlp/down": DECODER + "layers.*.fc2",
+    "decoder/layers/mlp_norm": DECODER + "layers.*.final_layer_norm",
 }
 """Our modules and theirs; * is the number of the layer."""
-
-for _side, _theirs in (("encoder/layers/", ENCODER + "layers.*."), ("decoder/layers/", DECODER + "layers.*.")):
-    _attentions = (
-        {"attention": "self_attn"}
-        if _side.startswith("en")
-        else {
-            "self_attention": "self_attn",
-            "cross_attention": "encoder_attn",
-        }
-    )
-    for _ours, _name in _attentions.items():
-        for _part, _letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
-            MODULES[f"{_side}{_ours}/{_part}"] = f"{_theirs}{_name}.{_letter}_proj"
-        MODULES[f"{_side}{_ours}_norm"] = f"{_theirs}{_name}_layer_norm"
-    MODULES |= {f"{_side}mlp/up": _theirs + "fc1", f"{_side}mlp/down": _theirs + "fc2"}
-    MODULES[f"{_side}mlp_norm"] = _theirs + "final_layer_norm"
 
 TIED = {
     "all": ("model.shared", ENCODER + "embed_tokens", DECODER + "embed_tokens", "lm_head"),
