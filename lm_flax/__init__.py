@@ -1,1 +1,1 @@
-"""Causal language models: not here yet."""
+"""Causal language models: trained, scored and generating."""

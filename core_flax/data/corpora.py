@@ -54,6 +54,7 @@ def read_parts(
     documents: DocumentMode = "blank-line",
     document_start: str | None = None,
     progress: Progress = _ignore,
+    verbatim: bool = False,
 ) -> Iterator[Part]:
     """Stream the documents of all inputs, in order.
 
@@ -65,6 +66,8 @@ def read_parts(
         document_start: a regular expression; in plain text, a line that it matches from its beginning starts a new
             document, and blank lines are paragraph breaks. Takes the place of ``documents``.
         progress: told about the bytes read.
+        verbatim: keep all blank lines of plain text, and what stands on them, but for those that separate documents.
+            False: blank lines after one another become one, and none begins a document.
 
     Yields:
         Parts that have a character other than white space, of about one million characters at most.
@@ -76,7 +79,7 @@ def read_parts(
     count = 0
     for name in inputs:
         first = count
-        for text, where, last in _pieces(name, documents, start, progress):
+        for text, where, last in _pieces(name, documents, start, progress, verbatim):
             yield Part(count, text, where, last)
             count += last
         if count == first:
@@ -119,7 +122,9 @@ _Pieces = Iterator[tuple[str, str, bool]]
 """Texts with their origin and whether their document ends with them; none is blank."""
 
 
-def _pieces(name: str, documents: DocumentMode, start: re.Pattern[str] | None, progress: Progress) -> _Pieces:
+def _pieces(
+    name: str, documents: DocumentMode, start: re.Pattern[str] | None, progress: Progress, verbatim: bool
+) -> _Pieces:
     if name == PYTHON_DOCS:
         for topic, text in _python_docs():
             yield text, f"{PYTHON_DOCS} topic {topic!r}", True
@@ -131,27 +136,30 @@ def _pieces(name: str, documents: DocumentMode, start: re.Pattern[str] | None, p
     elif _is_jsonl(name):
         yield from _read_jsonl(name, progress)
     else:
-        yield from _read_plain(name, documents, start, progress)
+        yield from _read_plain(name, documents, start, progress, verbatim)
 
 
-def _read_plain(name: str, documents: DocumentMode, start: re.Pattern[str] | None, progress: Progress) -> _Pieces:
+def _read_plain(
+    name: str, documents: DocumentMode, start: re.Pattern[str] | None, progress: Progress, verbatim: bool
+) -> _Pieces:
     blank_ends = start is None and documents == "blank-line"
-    held: list[str] = []  # lines of the current document that are not handed on yet; the first of them is not blank
-    held_size, held_from, previous = 0, 0, 0
+    held: list[str] = []  # lines of the current document that are not handed on yet; one of them is not blank
+    held_size, held_from, previous, blank_so_far = 0, 0, 0, True
     for number, line in _lines(name, progress, _PART_BYTES, cut=True):
         blank, same_line = not line.strip(), number == previous
         ends = blank_ends if blank else start is not None and bool(start.match(line))
         ends = ends and not same_line
         # A full part waits for the next line that is not blank, which tells whether the document goes on.
-        if held and (ends or (held_size >= _PART_BYTES and not blank)):
+        if held and not blank_so_far and (ends or (held_size >= _PART_BYTES and not blank)):
             yield "".join(held), f"{name}:{held_from}", ends
             held, held_size = [], 0
-        if not blank or (held and held[-1] != "\n"):  # one blank line says as much as many
+        # One blank line says as much as many.
+        if not blank or (verbatim and not blank_ends) or (held and held[-1] != "\n"):
             held_from = held_from if held else number
-            held.append("\n" if blank else line)
+            held.append("\n" if blank and not verbatim else line)
             held_size += len(line)
-        previous = number
-    if held:
+        previous, blank_so_far = number, blank_so_far and blank
+    if held and not blank_so_far:
         yield "".join(held), f"{name}:{held_from}", True
 
 

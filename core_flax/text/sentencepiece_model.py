@@ -109,7 +109,11 @@ class SentencePiece:
 
 
 def train(
-    texts: Iterable[str], vocab_size: int, algorithm: Algorithm = "bpe", character_coverage: float = 0.9995
+    texts: Iterable[str],
+    vocab_size: int,
+    algorithm: Algorithm = "bpe",
+    character_coverage: float = 0.9995,
+    symbols: Sequence[str] = (),
 ) -> SentencePiece:
     """Learn a vocabulary of ``vocab_size`` pieces; the same texts give the same model on any machine.
 
@@ -120,6 +124,8 @@ def train(
         vocab_size: pieces, ``<unk>``, ``<s>`` and ``</s>`` among them.
         algorithm: byte-pair encoding (Sennrich et al. 2016, 1508.07909) or the unigram model (Kudo 2018, 1804.10959).
         character_coverage: share of the characters of the texts that get a piece; the rarest become ``<unk>``.
+        symbols: pieces that there are in any case and that stand alone; "\\n" keeps ends of lines, which otherwise
+            become spaces.
 
     Raises:
         UserError: the texts do not give so many pieces, or have more different characters.
@@ -134,6 +140,7 @@ def train(
             character_coverage=character_coverage,
             num_threads=_TRAINING_THREADS,
             max_sentence_length=1 << 16,
+            user_defined_symbols=list(symbols),
             minloglevel=2,
         )
     except RuntimeError as error:

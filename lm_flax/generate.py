@@ -1,0 +1,313 @@
+"""Text from a model: prompts in batches, token by token, within the model's context or sliding over it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from core_flax import decode
+from core_flax.config import check_range
+from core_flax.hardware import compute_dtype
+from core_flax.run import Run
+from core_flax.sampling import GREEDY, Sampling
+from core_flax.types import Params, UserError
+from lm_flax.architectures import context, make_model
+from lm_flax.tokenizers import Tokenizer
+
+_PARTIAL = "�"
+"""What the beginning of a character's bytes is decoded to."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that continues texts.
+
+    Attributes:
+      model: the module.
+      params: its parameters.
+      tokenizer: the one it was trained with.
+      context: tokens that it can take; None: any number.
+    """
+
+    model: Any
+    params: Params
+    tokenizer: Tokenizer
+    context: int | None
+
+    @classmethod
+    def of(cls, run: Run[Any], tokenizer: Tokenizer, step: int | None = None) -> "Generator":
+        """From a checkpoint of a run, the newest if step is None."""
+        model = make_model(run.config.model, compute_dtype(run.config.train.compute_dtype))
+        return cls(model, run.params(step)[0], tokenizer, context(run.config.model))
+
+    def encode(self, prompt: str, where: str = "the prompt") -> np.ndarray:
+        """A prompt's tokens, after the one that stands before every text; at least one. Raises UserError if it cannot.
+
+        A vocabulary without ends of documents has no such token: there a text begins as a line does, if there are
+        lines, and else with token 0.
+        """
+        try:
+            ids = self.tokenizer.encode(prompt)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if self.tokenizer.end_id is not None:
+            return np.concatenate([np.array([self.tokenizer.end_id], np.int32), ids])
+        return ids if len(ids) else first_token(self.tokenizer)
+
+
+def first_token(tokenizer: Tokenizer) -> np.ndarray:
+    """What stands before a text where the vocabulary has no end of documents: a line's end, else token 0; int32 [1]."""
+    try:
+        return tokenizer.encode("\n")[-1:]
+    except UserError:
+        return np.zeros(1, np.int32)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How texts are continued.
+
+    Attributes:
+      max_new_tokens: tokens to add at most.
+      sampling: how they are chosen.
+      seed: of what is drawn; what a row gets depends on its number, not on the others (but where the context slides).
+      stop: texts at which a row ends; they are left out.
+      long: what to do if prompt and new tokens exceed the context: "refuse", or "slide": forget the older half of the
+        context whenever it is full.
+    """
+
+    max_new_tokens: int = 256
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    long: Literal["refuse", "slide"] = "refuse"
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        check_range("", self, "max_new_tokens", least=1)
+        check_range("", self, "seed", least=0, below=2**31)
+
+
+def check_prompts(generator: Generator, prompts: Sequence[np.ndarray], how: Continuation) -> None:
+    """Raises UserError if a prompt and what is to come exceed the context and that is to be refused."""
+    longest = max(map(len, prompts))
+    # The last token that is generated is not read again.
+    needed = longest + how.max_new_tokens - 1
+    if generator.context is not None and needed > generator.context and how.long == "refuse":
+        raise UserError(
+            f"a prompt of {longest} tokens and --max-new-tokens {how.max_new_tokens} exceed the {generator.context} "
+            "tokens that the model can take; give less of either, or --long slide, which forgets the oldest"
+        )
+
+
+def continue_texts(
+    generator: Generator, prompts: Sequence[np.ndarray], numbers: Sequence[int], how: Continuation, portion: int
+) -> Iterator[list[np.ndarray]]:
+    """Continues a batch of prompts, a portion of tokens at a time.
+
+    Args:
+      generator: the model.
+      prompts: tokens of each, at least one (``Generator.encode``).
+      numbers: each row's number among all rows, from which it draws.
+      how: how.
+      portion: tokens between results; the caller may stop at any.
+
+    Yields:
+      For each row its new tokens so far; the end of a document, which ends a row, left out.
+    """
+    written = [np.zeros(0, np.int32) for _ in prompts]
+    keys_B = decode.row_keys(how.seed, jnp.array(numbers))
+    stop = () if generator.tokenizer.end_id is None else (generator.tokenizer.end_id,)
+    ended_B, num_rounds = np.zeros(len(prompts), bool), 0
+    while not ended_B.all() and (left := how.max_new_tokens - max(map(len, written))) > 0:
+        read = [np.concatenate(both) for both in zip(prompts, written, strict=True)]
+        read, room = _fit(read, left, generator.context)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, num_rounds)
+        now, before = _begin(generator, read, keys, ended_B, room), written
+        for _ in range(0, room, portion):
+            now = decode.proceed(generator.model, generator.params, now, portion, sampling=how.sampling, stop=stop)
+            new, ended_B = _new_tokens(now, stop, ended_B)
+            written = [np.concatenate(both) for both in zip(before, new, strict=True)]
+            yield written
+            if ended_B.all():
+                return
+        num_rounds += 1
+
+
+def _fit(read: list[np.ndarray], left: int, most: int | None) -> tuple[list[np.ndarray], int]:
+    """What is read, and how many tokens to add: of a row that leaves no room for more, the newer half is read."""
+    if most is None:
+        return read, left
+    full = most + (left == 1)  # the last token that is generated is not read again
+    read = [tokens if len(tokens) < full else tokens[-max(1, most // 2) :] for tokens in read]
+    return read, min(left, most - max(map(len, read)) + 1)
+
+
+def _begin(
+    generator: Generator, read: list[np.ndarray], keys_B: Any, ended_B: np.ndarray, room: int
+) -> decode.Generation:
+    longest = max(map(len, read))
+    prompts_BL = np.stack([np.pad(tokens, (0, longest - len(tokens))) for tokens in read])
+    num_prompt_B = np.array([len(tokens) for tokens in read], np.int32)
+    limit_B = np.where(ended_B, 0, room).astype(np.int32)
+    cache = generator.model.init_cache(len(read), longest + room - 1)
+    return decode.begin(
+        generator.model, generator.params, cache, prompts_BL, num_prompt_B, limit_B, keys_B, length=room
+    )
+
+
+def _new_tokens(
+    now: decode.Generation, stop: tuple[int, ...], ended_B: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Each row's tokens without the one that ends it, and which rows have ended with one, now or before."""
+    tokens_BL, num_B = np.asarray(now.tokens_BL), np.asarray(now.num_tokens_B)
+    last_B = np.take_along_axis(tokens_BL, np.maximum(num_B - 1, 0)[:, None], axis=1)[:, 0]
+    stopped_B = np.isin(last_B, stop) & (num_B > 0)
+    rows = [row[:number] for row, number in zip(tokens_BL, num_B - stopped_B, strict=True)]
+    return rows, ended_B | stopped_B
+
+
+def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """(the text before the first of the stop texts in it, whether there is one)."""
+    found = [place for each in stop if (place := text.find(each)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def stream_text(generator: Generator, prompt: np.ndarray, number: int, how: Continuation) -> Iterator[str]:
+    """The continuation of one prompt in pieces, as soon as they are certain."""
+    before, shown = generator.tokenizer.decode(prompt), ""
+    longest_stop = max(map(len, how.stop), default=0)
+    text, stopped = "", False
+    for (new,) in continue_texts(generator, [prompt], [number], how, portion=1):
+        text, stopped = cut_at(_behind(generator, prompt, new, before), how.stop)
+        # What may be the beginning of a stop text, or of a character, waits.
+        certain = text if stopped else text[: max(len(shown), len(text) - max(0, longest_stop - 1))]
+        certain = certain if stopped else certain.rstrip(_PARTIAL)
+        yield certain[len(shown) :]
+        shown = certain
+        if stopped:
+            return
+    yield text[len(shown) :]
+
+
+def generate_texts(
+    generator: Generator, prompts: Sequence[np.ndarray], numbers: Sequence[int], how: Continuation
+) -> list[str]:
+    """The continuations of a batch of prompts."""
+    befores = [generator.tokenizer.decode(prompt) for prompt in prompts]
+    texts = [""] * len(prompts)
+    # Without stop texts there is nothing to look for on the way.
+    portion = 16 if how.stop else how.max_new_tokens
+    for rows in continue_texts(generator, prompts, numbers, how, portion):
+        found = [
+            cut_at(_behind(generator, prompt, new, before), how.stop)
+            for prompt, new, before in zip(prompts, rows, befores, strict=True)
+        ]
+        texts = [text for text, _ in found]
+        if all(stopped for _, stopped in found):
+            break
+    return texts
+
+
+def _behind(generator: Generator, prompt: np.ndarray, new: np.ndarray, before: str) -> str:
+    """The text of new tokens, where it joins that of the prompt: a word's space depends on what is before it."""
+    return generator.tokenizer.decode(np.concatenate([prompt, new]))[len(before) :]
+
+
+def print_sample(run: Run[Any], tokenizer: Tokenizer, num_tokens: int) -> None:
+    """A text of the run's own, from nothing."""
+    generator = Generator.of(run, tokenizer)
+    how = Continuation(num_tokens, Sampling(temperature=0.8), long="slide")
+    (text,) = generate_texts(generator, [generator.encode("")], [0], how)
+    print(f"a sample, temperature 0.8:\n{text}")
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Continues a prompt, or a file of them. One alone appears as it is generated."""
+
+    workdir: str
+    """Folder of a training run, or an imported model."""
+    prompt: str | None = None
+    """Text to continue; None: begin a text of one's own."""
+    prompts: str | None = None
+    """File of texts to continue instead, one a line."""
+    max_new_tokens: int = 256
+    """Tokens to add at most; the end of a document ends a text before."""
+    temperature: float = 1.0
+    """What scores are divided by before they become probabilities; 0: no chance, always the most probable token."""
+    top_k: int | None = None
+    """Draw from this many most probable tokens; None: from all."""
+    top_p: float | None = None
+    """Draw from the fewest tokens whose probabilities sum to at least this; None: from all."""
+    min_p: float | None = None
+    """Draw from tokens with at least this share of the probability of the most probable one; None: from all."""
+    seed: int = 0
+    """Seed of what is drawn."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts at which a continuation ends; they are left out."""
+    long: Literal["refuse", "slide"] = "refuse"
+    """If prompt and new tokens exceed what the model can take: refuse, or slide, forgetting the older half whenever the
+    context is full."""
+    batch_size: int = 16
+    """Texts that are continued side by side."""
+    step: int | None = None
+    """Step of the checkpoint; None: the newest."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range."""
+        check_range("", self, "num_samples", "batch_size", least=1)
+        if self.prompt is not None and self.prompts is not None:
+            raise UserError("give --prompt or --prompts, not both")
+        if "" in self.stop:
+            raise UserError("--stop is empty; give a text")
+
+    @property
+    def continuation(self) -> Continuation:
+        """How texts are continued. Raises UserError on a value out of range."""
+        sampling = GREEDY
+        if self.temperature != 0:
+            sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        elif (self.top_k, self.top_p, self.min_p) != (None, None, None):
+            raise UserError("--temperature 0 takes the most probable token; leave out --top-k, --top-p and --min-p")
+        return Continuation(self.max_new_tokens, sampling, self.seed, self.stop, self.long)
+
+
+def run_command(command: GenerateCommand, run: Run[Any], tokenizer: Tokenizer) -> None:
+    """``lm-flax generate``. Raises UserError as the functions above do."""
+    how = command.continuation
+    texts = [command.prompt or ""] if command.prompts is None else _read_prompts(command.prompts)
+    generator = Generator.of(run, tokenizer, command.step)
+    named = [f"{command.prompts}:{line}" for line in range(1, len(texts) + 1)] if command.prompts else ["--prompt"]
+    prompts = [generator.encode(text, where) for text, where in zip(texts, named, strict=True)]
+    check_prompts(generator, prompts, how)
+    jobs = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) for _ in range(command.num_samples)]
+    if len(jobs) == 1:
+        print(texts[0], end="", flush=True)
+        for piece in stream_text(generator, prompts[0], 0, how):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for start in range(0, len(jobs), command.batch_size):
+        part = jobs[start : start + command.batch_size]
+        numbers = range(start, start + len(part))
+        new = generate_texts(generator, [prompt for _, prompt in part], numbers, how)
+        for number, (text, _), following in zip(numbers, part, new, strict=True):
+            prompt, sample = divmod(number, command.num_samples)
+            print(f"--- prompt {prompt + 1}, sample {sample + 1}\n{text}{following}", flush=True)
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not lines:
+        raise UserError(f"{path} holds no prompts; write one a line")
+    return lines

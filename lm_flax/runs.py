@@ -1,0 +1,213 @@
+"""A run's folder: the settings and the tokenizer it was started with, its data, its checkpoints."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from core_flax import config as configs
+from core_flax.cli import settings_of
+from core_flax.distributed import first_does, only_run
+from core_flax.loop import train as train_loop
+from core_flax.program import check_settings, make_program
+from core_flax.run import CONFIG, LOCK, Run, busy, with_vocabulary
+from core_flax.task import Task
+from core_flax.types import UserError
+from lm_flax import architectures, task, tokenizers, word2vec_task
+from lm_flax.config import (
+    KINDS,
+    AnyRun,
+    ConvRun,
+    GPT2Run,
+    LlamaRun,
+    LSTMRun,
+    SpeedrunRun,
+    Word2VecRun,
+    check_rows,
+    kind_of,
+)
+from lm_flax.data import TokenStore, load_tokenizer
+from lm_flax.generate import print_sample
+from lm_flax.prepare import PrepareConfig, prepare
+from lm_flax.presets import PRESETS
+from lm_flax.sharding import WORD2VEC_RULES
+from lm_flax.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Options of ``lm-flax train`` beside the settings of the run: where, and on what."""
+
+    workdir: str
+    """Folder of the run: settings, checkpoints, metrics.jsonl. A run that is there already is resumed."""
+    data: str | None = None
+    """Folder made by lm-flax prepare; None: that of the run to resume, or the text that Python ships,
+    prepared under the workdir as characters, for word vectors as words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Command(Folders, GPT2Run):
+    """Trains GPT-2's architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaCommand(Folders, LlamaRun):
+    """Trains Llama's architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedrunCommand(Folders, SpeedrunRun):
+    """Trains the architecture that learns fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvCommand(Folders, ConvRun):
+    """Trains convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSTMCommand(Folders, LSTMRun):
+    """Trains an LSTM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Word2VecCommand(Folders, Word2VecRun):
+    """Trains word vectors."""
+
+
+TrainCommand = GPT2Command | LlamaCommand | SpeedrunCommand | ConvCommand | LSTMCommand | Word2VecCommand
+COMMANDS: dict[type[AnyRun], type] = {cls.__mro__[2]: cls for cls in TrainCommand.__args__}
+"""The class of the command by that of the settings."""
+
+
+def load_run(workdir: str | Path) -> tuple[Run[Any], Tokenizer]:
+    """A run, or an imported model, and its tokenizer. Raises UserError if the folder holds neither."""
+    run = Run.load(workdir, KINDS, tokenizer_file=str)
+    file = run.facts["tokenizer_file"]
+    tokenizer = tokenizers.load(run.workdir / file)
+    run.check_tokenizer(file, tokenizer.fingerprint)
+    return run, tokenizer
+
+
+def load_lm(workdir: str | Path) -> tuple[Run[Any], Tokenizer]:
+    """As load_run, a model that predicts the next token. Raises UserError if it is none."""
+    run, tokenizer = load_run(workdir)
+    if isinstance(run.config, Word2VecRun):
+        raise UserError(f"{run.workdir} holds word vectors, which predict no text; see analogies and neighbours")
+    return run, tokenizer
+
+
+def num_parameters(config: AnyRun) -> int:
+    """Parameters of a run's model, without making any."""
+    if isinstance(config, Word2VecRun):
+        return 2 * config.model.vocab_size * config.model.width
+    return architectures.num_parameters(config.model)
+
+
+def make_task(config: Any, train: TokenStore, held_out: TokenStore | None, end_id: int | None) -> Task:
+    """The task of a run, whichever it is. Raises UserError as those do."""
+    if isinstance(config, Word2VecRun):
+        return word2vec_task.make_task(config, train, held_out)
+    return task.make_task(config, train, held_out, end_id)
+
+
+def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> None:
+    """Start the run, or resume it; at its end print held-out figures and what the settings ask for as a sample.
+
+    Args:
+      command: the preset's settings, with what was asked for in their place.
+      preset_name: the preset.
+      given: options that stood on the command line (cli.options_given): what they say holds.
+
+    Raises:
+      UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
+    """
+    workdir = configs.local_folder("--workdir", command.workdir)
+    optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
+    asked: Any = dataclasses.replace(settings_of(command, type(PRESETS[preset_name]())), optimizer=optimizer)
+    check_settings(asked, _rules(asked))
+    if not isinstance(asked, Word2VecRun):
+        check_rows(asked)
+    with only_run(workdir / LOCK, busy(workdir)):
+        old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
+        if old:
+            data = old.data_folder(command.data)
+        else:
+            data = _own_text(workdir, asked) if command.data is None else configs.local_folder("--data", command.data)
+        store, held_out, tokenizer = open_data(data)
+        config = with_vocabulary(asked, "--model.vocab-size" in given, tokenizer.num_tokens)
+        facts = {"tokenizer_file": tokenizer.file}
+        content = store.manifest.content
+        run = Run(workdir, kind_of(config), config, data.absolute(), content, tokenizer.fingerprint, facts)
+        if old:
+            old.check_continued_by(run, preset_name)
+        made = make_task(config, store, held_out, tokenizer.end_id)
+        program = make_program(made, config)  # refuses what does not fit the devices before anything is written
+        run.save(tokenizer.file, tokenizer.save)
+        metrics = train_loop(made, config, program, workdir)
+    if isinstance(config, Word2VecRun) or jax.process_index() != 0:
+        return
+    if held_out:
+        print_held_out(metrics, config.train.num_steps, store, held_out, tokenizer)
+    if config.sample_tokens:
+        print_sample(run, tokenizer, config.sample_tokens)
+
+
+def _rules(config: Any) -> Any:
+    if isinstance(config, Word2VecRun):
+        return WORD2VEC_RULES
+    return architectures.ARCHITECTURES[type(config.model)].rules
+
+
+def open_data(folder: Path) -> tuple[TokenStore, TokenStore | None, Tokenizer]:
+    """The text to train on, the text held out if there is any, and the tokenizer of a prepared folder."""
+    train, held_out = TokenStore(folder, "train"), TokenStore(folder, "valid")
+    return train, held_out if held_out.info.tokens else None, load_tokenizer(folder, train.manifest)
+
+
+def _own_text(workdir: Path, config: AnyRun) -> Path:
+    data, kind = workdir / "data", "word" if isinstance(config, Word2VecRun) else "char"
+    own = PrepareConfig(("python:docs",), str(data), tokenizer=kind, held_out="documents")
+
+    def make() -> None:
+        if not (data / "manifest.json").exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            prepare(own)
+
+    first_does(make)
+    return data
+
+
+def held_out_lines(
+    loss: float, train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer
+) -> Mapping[str, tuple[float, float]]:
+    """What a loss per token means in other units, beside that of the unigram model: name -> (model, unigram)."""
+    info, both = held_out.info, (loss, task.unigram_loss(train, held_out))
+    per_word = "word" if tokenizer.is_words else "token"
+    figures = {f"loss, nats per {per_word}": both, f"perplexity per {per_word}": tuple(map(_exp, both))}
+    figures["bits per byte"] = tuple(each * info.tokens / info.bytes / math.log(2) for each in both)
+    if not tokenizer.is_words:
+        figures["perplexity per word"] = tuple(_exp(each * info.tokens / info.words) for each in both)
+    return figures
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def print_held_out(
+    metrics: Mapping[str, float], step: int, train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer
+) -> None:
+    """The table at the end of a language model's run."""
+    print(f"held out, step {step:<13}{'model':>12}{'unigram':>14}")
+    for name, (model, unigram) in held_out_lines(metrics["loss"], train, held_out, tokenizer).items():
+        print(f"{name:<28}{_figure(model):>12}{_figure(unigram):>14}")
+    print(f"{'accuracy':<28}{metrics['accuracy']:>12.1%}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if value < 100 else f"{value:,.1f}" if value < 1e7 else f"{value:.2e}"
