@@ -4,6 +4,7 @@
 can be shown one by one. Each is compiled once for a shape.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -68,17 +69,17 @@ def begin(
       length: size of the result; no limit may exceed it.
     """
     batch_size, most = prompts_BL.shape
-    num_prompt_B = jnp.full(batch_size, most) if num_prompt_B is None else num_prompt_B
-    limit_B = jnp.full(batch_size, length) if limit_B is None else limit_B
+    num_read_B = (jnp.full(batch_size, most) if num_prompt_B is None else num_prompt_B) - 1
+    most_B = jnp.full(batch_size, length) if limit_B is None else limit_B
     if most > 1:
-        cache = _extend(model, params, prompts_BL[:, :-1], cache, num_prompt_B - 1)[1]
+        cache = _extend(model, params, prompts_BL[:, :-1], cache, num_read_B)[1]
     return Generation(
         tokens_BL=jnp.zeros((batch_size, length), jnp.int32),
         num_tokens_B=jnp.zeros(batch_size, jnp.int32),
         log_probs_B=jnp.zeros(batch_size),
-        ended_B=limit_B <= 0,
-        limit_B=limit_B.astype(jnp.int32),
-        last_B=jnp.take_along_axis(prompts_BL, num_prompt_B[:, None] - 1, axis=1)[:, 0].astype(jnp.int32),
+        ended_B=most_B <= 0,
+        limit_B=most_B.astype(jnp.int32),
+        last_B=jnp.take_along_axis(prompts_BL, num_read_B[:, None], axis=1)[:, 0].astype(jnp.int32),
         keys_B=keys_B,
         cache=cache,
     )
@@ -144,7 +145,7 @@ def row_keys(seed: int, numbers_B: Array) -> Array:
 def next_logits(model: nn.Module, params: Params, last_B: Array, cache: Any, goes_on_B: Array) -> tuple[Array, Any]:
     """Scores [B, V] of the next token after reading one more in the rows that go on, and the cache with it."""
     x_BLD, cache = _extend(model, params, last_B[:, None], cache, goes_on_B.astype(jnp.int32))
-    logits_BV = model.apply({"params": params}, x_BLD[:, 0], method="logits")
+    logits_BV: Any = model.apply({"params": params}, x_BLD[:, 0], method="logits")
     return logits_BV.astype(jnp.float32), cache
 
 
@@ -170,7 +171,8 @@ def _step(
     log_probs_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
     here_BL = (jnp.arange(now.tokens_BL.shape[1]) == now.num_tokens_B[:, None]) & goes_on_B[:, None]
     num_tokens_B = now.num_tokens_B + goes_on_B
-    return now.replace(
+    return dataclasses.replace(
+        now,
         tokens_BL=jnp.where(here_BL, token_B[:, None], now.tokens_BL),
         num_tokens_B=num_tokens_B,
         log_probs_B=now.log_probs_B + jnp.where(goes_on_B, log_probs_B, 0.0),

@@ -1,5 +1,6 @@
 """The compiled parts of a run: what the settings, the devices and a task make together."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,4 +119,4 @@ def first_state(task: Task, program: Program, seed: int) -> TrainState:
     assert not unknown, f"no such parameters: {sorted(unknown)}"
     params = jax.tree_util.tree_map_with_path(place, state.params)
     # A copy: the step gives up each array of the state, and none can be given up twice.
-    return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+    return dataclasses.replace(state, params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))

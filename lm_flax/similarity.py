@@ -38,7 +38,7 @@ class Vectors:
         vectors_VD = np.asarray(table_VD, np.float32)[rows]
         # A vector of zeros, as a word has that never occurred, stays one: it is like nothing.
         lengths_V = np.linalg.norm(vectors_VD, axis=1, keepdims=True)
-        return cls([tokens[row] for row in rows], vectors_VD / np.where(lengths_V == 0, 1, lengths_V))
+        return cls([tokens[int(row)] for row in rows], vectors_VD / np.where(lengths_V == 0, 1, lengths_V))
 
     def finder(self) -> Callable[[str], int]:
         """A function that tells a word's place, -1 if it has none: as it is written or, failing that, in any case."""
@@ -58,7 +58,7 @@ def neighbours(vectors: Vectors, word: str, number: int = 10) -> list[tuple[str,
         raise UserError(f"{word!r} is no token of this model's vocabulary by itself; give another word")
     cosine_V = vectors.unit_VD @ vectors.unit_VD[at]
     order = np.argsort(-cosine_V, kind="stable")
-    return [(vectors.words[each], float(cosine_V[each])) for each in order if each != at][:number]
+    return [(vectors.words[int(each)], float(cosine_V[each])) for each in order if each != at][:number]
 
 
 Question = tuple[str, str, str, str]
@@ -160,6 +160,6 @@ def judgements(vectors: Vectors, pairs: Sequence[tuple[str, str, float]]) -> Sco
     known = [each for each in known if min(each[:2]) >= 0]
     if len(known) < 2:
         return Score(0.0, len(known), len(pairs))
-    first, second = ([each[place] for each in known] for place in range(2))
+    first, second = [each[0] for each in known], [each[1] for each in known]
     cosines = np.sum(vectors.unit_VD[first] * vectors.unit_VD[second], axis=1)
     return Score(spearman(cosines, [judged for *_, judged in known]), len(known), len(pairs))

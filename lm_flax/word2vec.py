@@ -7,7 +7,7 @@ Compositionality", arXiv 1310.4546 (negative sampling, subsampling of frequent w
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -109,7 +109,8 @@ def word2vec_sums(model: Word2Vec, params: Params, batch: Batch, reach: int) -> 
     the authors' code.
     """
     around_BLW, negatives_BLK = context_of(batch, reach), batch["negatives"]
-    words_BLW, noise_BLWK = model.apply({"params": params}, batch["tokens"], negatives_BLK, around_BLW)
+    scores: Any = model.apply({"params": params}, batch["tokens"], negatives_BLK, around_BLW)
+    words_BLW, noise_BLWK = scores
     pairs_BLW = _pairs(batch, model.config, reach)
     is_noise_BL1K = (negatives_BLK != batch["tokens"][..., None])[:, :, None]
     noise_BLW = jnp.sum(jax.nn.softplus(noise_BLWK) * is_noise_BL1K, axis=-1)
