@@ -60,7 +60,11 @@ def dot_product_attention(
     probs_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(q_BLHK.dtype)
     if dropout is not None:
         probs_BHLM = dropout(probs_BHLM)
-    return jnp.einsum("BHLM,BMHK->BLHK", probs_BHLM, v_BMHK).reshape(shape)
+    mixed_BHLK = jnp.einsum("BHLM,BMHK->BHLK", probs_BHLM, v_BMHK)
+    if shape[0] != len(k_BMHK):
+        # Else XLA folds what follows into the product, which on a CPU then takes ten times as long.
+        mixed_BHLK = jax.lax.optimization_barrier(mixed_BHLK)
+    return mixed_BHLK.swapaxes(1, 2).reshape(shape)
 
 
 def _fold(q_BLHK: Array, k_BMHK: Array) -> Array:

@@ -47,7 +47,7 @@ def draw(logits_BV: Array, keys_B: Array, sampling: Sampling) -> Array:
       sampling: how.
     """
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return top_k(logits_BV, 1)[1][:, 0]
     scores, tokens = logits_BV / sampling.temperature, None
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         scores, tokens = top_k(scores, sampling.top_k)
@@ -111,11 +111,14 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     if size < 4 * k * _BLOCK:
         values, places = jax.lax.top_k(x, k)
         return values, places.astype(jnp.int32)
-    blocks = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -size % _BLOCK),), constant_values=-jnp.inf)
-    blocks = blocks.reshape(*x.shape[:-1], -1, _BLOCK)
+    # Blocks that come out even need no copy.
+    width = max((each for each in range(_BLOCK // 2, 2 * _BLOCK) if size % each == 0), default=_BLOCK)
+    if size % width:
+        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -size % width),), constant_values=-jnp.inf)
+    blocks = x.reshape(*x.shape[:-1], -1, width)
     _, best = jax.lax.top_k(jnp.max(blocks, axis=-1), k)
     best = jnp.sort(best, axis=-1)  # so that equal values stay in the order of their indices
-    near = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*x.shape[:-1], -1)
+    near = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*x.shape[:-1], k * width)
     values, places = jax.lax.top_k(near, k)
-    indices = jnp.take_along_axis(best, places // _BLOCK, axis=-1) * _BLOCK + places % _BLOCK
+    indices = jnp.take_along_axis(best, places // width, axis=-1) * width + places % width
     return values, indices.astype(jnp.int32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from core_flax import sharding
 from core_flax.attention import MultiHeadAttention, SelfAttention, packing_mask, padding_mask
-from core_flax.cache import KeyValueCache, init_cache
+from core_flax.cache import KeyValueCache, Shared, init_cache
 from core_flax.layers import Dropout, Embedding, Linear, Norm, gelu, layers_per_turn, remat
 from core_flax.types import Array
 from seq2seq_flax.attention import CrossAttention, causal_mask, cross_mask
@@ -118,7 +118,7 @@ class DecoderBlock(nn.Module):
         return sharding.constrain(x_BLD, "batch", "length", "width"), None
 
     def keys_values(self, memory_BMD: Array) -> tuple[Array, Array]:
-        """Keys and values [B, M, H, K] of the attention to the source: they depend on that alone."""
+        """Keys and values [B, H, M, K] of the attention to the source: they depend on that alone."""
         return self.cross_attention.keys_values(memory_BMD)
 
     def read(
@@ -148,12 +148,8 @@ class DecoderCache:
 
     own: KeyValueCache
     """Keys and values of the target tokens that the decoder has read."""
-    keys_BNMHK: Array
-    """Keys of the source, for each layer's cross-attention: computed once."""
-    values_BNMHK: Array
-    """Values of the source, likewise."""
-    valid_BM: Array
-    """True at tokens of the source."""
+    source: Shared
+    """(Each layer's keys and values of the source, [B, H, M, K] both; True at its tokens, [B, M]): computed once."""
 
 
 class Transformer(nn.Module):
@@ -267,11 +263,10 @@ class Transformer(nn.Module):
           length: target tokens, ``<s>`` included, that a row will be given at most.
         """
         config, memory_BMD = self.config, self.encode(source_BM, valid_BM.astype(jnp.int32))
-        pairs = [self._layer(number, "keys_values", memory_BMD) for number in range(config.num_layers)]
-        keys_BNMHK, values_BNMHK = (jnp.stack(parts, axis=1) for parts in zip(*pairs, strict=True))
+        keys_values = [self._layer(number, "keys_values", memory_BMD) for number in range(config.num_layers)]
         head_width = config.width // config.num_heads
         own = init_cache(len(source_BM), config.num_layers, config.num_heads, length, head_width, self.dtype)
-        return DecoderCache(own, keys_BNMHK, values_BNMHK, valid_BM)
+        return DecoderCache(own, Shared((keys_values, valid_BM)))
 
     def extend(
         self, tokens_BL: Array, cache: DecoderCache, num_tokens_B: Array | None = None
@@ -279,13 +274,13 @@ class Transformer(nn.Module):
         """Reads more target tokens of each row: ([B, L, D], the cache with them), as core_flax.cache describes."""
         length, own = tokens_BL.shape[1], cache.own
         x_BLD, self_mask = self._embed("target", tokens_BL, own.positions(length)), own.mask(length)
-        mask = padding_mask(cache.valid_BM)
+        keys_values, valid_BM = cache.source.value
+        mask = padding_mask(valid_BM)
         # Layer by layer rather than scanned: a scan would copy the cache of all layers for each.
         for number in range(self.config.num_layers):
-            source = cache.keys_BNMHK[:, number], cache.values_BNMHK[:, number]
-            x_BLD, own = self._layer(number, "read", x_BLD, source, self_mask, mask, own, number)
+            x_BLD, own = self._layer(number, "read", x_BLD, keys_values[number], self_mask, mask, own, number)
         own = own.advance(length if num_tokens_B is None else num_tokens_B)
-        return x_BLD, DecoderCache(own, cache.keys_BNMHK, cache.values_BNMHK, cache.valid_BM)
+        return x_BLD, DecoderCache(own, cache.source)
 
     def _layer(self, number: int, method: str, *arguments: Any) -> Any:
         """A method of one layer of the decoder, with its part of the stacked parameters."""
