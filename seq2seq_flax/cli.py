@@ -1,4 +1,4 @@
-"""``seq2seq-flax``: prepare parallel text, average checkpoints, exchange models with Hugging Face."""
+"""``seq2seq-flax``: prepare parallel text, train, average checkpoints, exchange models with Hugging Face."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import tyro
 
 from core_flax import cli
+from core_flax.memory import keep_freed_memory
 
 PROG = "seq2seq-flax"
 
@@ -19,9 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         PROG,
         {
             "prepare": ("turn parallel text into the folder that training reads", _prepare),
+            "train": ("train, or resume, a model", _train),
+            "evaluate": ("BLEU and chrF with their signatures, and the held-out loss", _evaluate),
             "average": ("average the last checkpoints of a run", _average),
             "import-hf": ("take in a Marian model of Hugging Face's", _import_hf),
             "export-hf": ("write a model for Hugging Face's transformers", _export_hf),
+            "presets": ("list the presets and their sizes", _presets),
         },
         argv,
     )
@@ -47,6 +51,44 @@ def _prepare(argv: Sequence[str]) -> None:
                 )
         for reason, count in info.dropped.items():
             print(f"    left out: {count:,} {reason}")
+
+
+def _presets(argv: Sequence[str]) -> None:
+    from seq2seq_flax.presets import PRESETS
+    from seq2seq_flax.runs import num_parameters
+
+    cli.parse(Nothing, argv, f"{PROG} presets")
+    sizes = "Sizes hold for the vocabulary named; with another one's, the embedding tables are smaller or larger."
+    print(f"{sizes} {cli.SHORT_RUN}")
+    width = max(map(len, PRESETS))
+    for name, preset in PRESETS.items():
+        model = preset().model
+        sizes = f"{num_parameters(model):>11,} parameters, vocabulary {model.vocab_size:>6,}"
+        print(f"{name:<{width}}  {sizes}  {cli.paragraphs(preset)[0]}")
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No options."""
+
+
+def _train(argv: Sequence[str]) -> None:
+    keep_freed_memory()  # before jax is imported
+    from core_flax.beam import BeamSearch
+    from core_flax.distributed import join
+    from seq2seq_flax.evaluate import print_numbers
+    from seq2seq_flax.presets import PRESETS
+    from seq2seq_flax.runs import command_of, train
+
+    asked = cli.parse_preset(PRESETS, command_of, "numbers_demo", argv, f"{PROG} train", "trains a model")
+    join()
+    print_numbers(*train(*asked), BeamSearch())
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    from seq2seq_flax.evaluate import EvaluateCommand, evaluate
+
+    evaluate(cli.parse(EvaluateCommand, argv, f"{PROG} evaluate", description=EvaluateCommand.__doc__ or ""))
 
 
 @dataclass(frozen=True)
