@@ -203,7 +203,7 @@ def report(workdir: Path, num_steps: int, output: Path) -> None:
         f"Loss after every epoch, options and origin of each run: [{output.name}.json]({output.name}.json). Command:",
         "",
         "```",
-        "python benchmarks/lm_lineage.py --data ptb --workdir runs/lineage",
+        contest.origin()["command"],
         "```",
     ]
     Path(f"{output}.md").write_text("\n".join(text) + "\n", encoding="utf-8")

@@ -244,7 +244,7 @@ def word2vec() -> Word2VecRun:
     return Word2VecRun(
         model=Word2VecConfig(vocab_size=30_000, width=100),
         inputs=WindowsConfig(length=128, window=5, num_negatives=5, subsample=1e-3),
-        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0, clip_norm=None),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, clip_norm=None),
         schedule=ScheduleConfig("linear", warmup_steps=20),
         train=TrainConfig(num_steps=1280, batch_size=64, eval_every_steps=256),
         checkpoint=CheckpointConfig(every_steps=256),
