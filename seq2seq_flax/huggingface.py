@@ -84,14 +84,14 @@ class Pretrained:
     """A model to translate with. Arrays are float32 in NumPy.
 
     Attributes:
-      config: the architecture.
+      config: the architecture: a TransformerConfig of Marian's, that of any of ours of a run.
       params: its parameters.
       tokenizer: Marian's of a model that was taken in, SentencePiece's of a run of ours.
       report: what came of reading it.
       max_length: tokens of a sentence that transformers can take; ours has no such limit.
     """
 
-    config: TransformerConfig
+    config: Any
     params: Params
     tokenizer: MarianVocabulary | SentencePiece
     report: Report

@@ -13,19 +13,16 @@ from core_flax import config as configs
 from core_flax.checkpoint import Checkpoints, load_params
 from core_flax.config import CheckpointConfig
 from core_flax.params import count
-from core_flax.run import CHECKPOINTS, CONFIG, Run, kind_of, new_folder
+from core_flax.run import CHECKPOINTS, CONFIG, kind_of, new_folder
 from core_flax.state import TrainState
-from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import Params, UserError
 from core_flax.weight_files import Report
-from seq2seq_flax.config import TransformerConfig, TranslateConfig
+from seq2seq_flax.config import TransformerConfig
 from seq2seq_flax.huggingface import Pretrained, check_exportable, load_pretrained, save_pretrained
 from seq2seq_flax.huggingface_vocabulary import VOCAB, MarianVocabulary
-from seq2seq_flax.pairs import TOKENIZER
+from seq2seq_flax.runs import load_run
 
 KIND = "seq2seq_flax.pretrained"
-RUNS: dict[str, type[TranslateConfig]] = {"seq2seq_flax.transformer": TranslateConfig}
-"""The settings' class of each kind of run."""
 
 
 def import_hf(folder: str, output: str) -> None:
@@ -102,9 +99,7 @@ def _load_imported(folder: Path, step: int | None) -> Pretrained:
 
 
 def _load_run(folder: Path, step: int | None) -> Pretrained:
-    run = Run.load(folder, RUNS)
-    tokenizer = SentencePiece.load(folder / TOKENIZER)
-    run.check_tokenizer(TOKENIZER, tokenizer.fingerprint)
+    run, tokenizer = load_run(folder)
     params, report = _read_checkpoint(folder, step)
     return Pretrained(run.config.model, params, tokenizer, report)
 

@@ -5,15 +5,20 @@ import shutil
 import subprocess
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pair_text import sentences
 from safetensors.numpy import load_file, save_file
 
+from core_flax.checkpoint import Checkpoints
+from core_flax.config import CheckpointConfig
+from core_flax.run import Run
+from core_flax.state import TrainState
 from core_flax.text.sentencepiece_model import train
 from core_flax.types import UserError
 from seq2seq_flax.cli import main
-from seq2seq_flax.config import TransformerConfig
+from seq2seq_flax.config import GNMTConfig, GNMTTranslateConfig, TransformerConfig, TranslateConfig
 from seq2seq_flax.huggingface import check_exportable, load_pretrained, save_pretrained
 from seq2seq_flax.model import Transformer
 from seq2seq_flax.pretrained import load_model
@@ -135,6 +140,41 @@ def test_weights_of_another_model(changed):
     save_file(arrays, path)
     with pytest.raises(UserError, match=r"the weights lack model.encoder.layers.1.fc1.bias; give the whole"):
         load_pretrained(folder)
+
+
+def save_run(folder, kind, config, params, tokenizer):
+    """A run's folder with one checkpoint, as training leaves it."""
+    facts = {"directions": [[None, None]], "tagged": False}
+    run = Run(folder, kind, config, folder / "data", "none", tokenizer.fingerprint, facts)
+    run.save("tokenizer.model", tokenizer.save)
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
+    checkpoints.save(TrainState(jnp.int32(5), params, {}))
+    checkpoints.close()
+
+
+def test_a_run_is_averaged_and_written(tmp_path, capsys):
+    """All commands in a row: the mean of one checkpoint is the checkpoint."""
+    tokenizer = train([text for pair in sentences(40) for text in pair], 60)
+    config = TransformerConfig(vocab_size=60, num_layers=1, width=8, num_heads=2, mlp_width=8)
+    params = jax.jit(lambda key: init_params(Transformer(config), key))(jax.random.key(0))
+    save_run(tmp_path / "run", "seq2seq_flax.transformer", TranslateConfig(model=config), params, tokenizer)
+    done = call(capsys, "average", "--workdir", tmp_path / "run", "--last", 1)
+    assert done.returncode == 0 and "the mean of 1 checkpoints, steps 5" in done.stdout, done.stderr
+    done = call(capsys, "export-hf", "--workdir", tmp_path / "run/averaged-1", "--output", tmp_path / "theirs")
+    assert done.returncode == 0, done.stderr
+    written = load_pretrained(tmp_path / "theirs")
+    assert written.config == config
+    assert written.tokenizer.encode(["river song"]) == tokenizer.encode(["river song"])
+    jax.tree.map(np.testing.assert_array_equal, dict(written.params), jax.device_get(params))
+
+
+def test_another_architecture_is_not_written(tmp_path, capsys):
+    tokenizer = train([text for pair in sentences(40) for text in pair], 60)
+    config = GNMTTranslateConfig(model=GNMTConfig(vocab_size=60, num_layers=2, width=8))
+    save_run(tmp_path / "run", "seq2seq_flax.gnmt", config, {"w": jnp.zeros(1)}, tokenizer)
+    refused = call(capsys, "export-hf", "--workdir", tmp_path / "run", "--output", tmp_path / "theirs")
+    assert refused.returncode == 2 and "a model of GNMTConfig has no counterpart in Marian" in refused.stderr
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_what_marian_is_not():
