@@ -69,7 +69,8 @@ def settings(name: str, command: Any, is_cpu: bool) -> Any:
     """The config alone, as it would be on the devices: what is chosen by the device is, for one that is not here."""
     cls = type(PRESETS[name].presets[name]())
     config = cls(**{field.name: getattr(command, field.name) for field in dataclasses.fields(cls)})
-    train, model = config.train, config.model
+    model: Any = getattr(config, "model")  # noqa: B009 (every family's config has one, RunConfig has not)
+    train = config.train
     if command.batch is not None:
         train = dataclasses.replace(train, batch_size=command.batch)
     if not is_cpu:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -52,6 +53,8 @@ def run(command: LocalCommand, argv: Sequence[str]) -> int:
     Raises:
       UserError: there is no such program.
     """
+    if shutil.which(argv[0]) is None:
+        raise UserError(f"{argv[0]}: there is no such program; give the command to run after --")
     with contextlib.ExitStack() as stack:
         address = f"localhost:{stack.enter_context(_free_port())}"
         job: list[subprocess.Popen[str]] = []
@@ -85,22 +88,19 @@ def _environment(env: Mapping[str, str], command: LocalCommand, address: str, nu
 
 
 def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
-    try:
-        return subprocess.Popen(
-            argv,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            # Its own group, which can be ended with all that it has started, and which Ctrl-C in a terminal does not
-            # reach besides what is passed on.
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-    except OSError as error:
-        raise UserError(f"{argv[0]}: {error.strerror or error}; give the command to run after --") from error
+    return subprocess.Popen(
+        argv,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        # Its own group, which can be ended with all that it has started, and which Ctrl-C in a terminal does not reach
+        # besides what is passed on.
+        start_new_session=True,
+        preexec_fn=_end_with_parent,  # no thread runs yet
+    )
 
 
 def _end_with_parent() -> None:

@@ -154,16 +154,24 @@ def make_plan(task: Task, config: RunConfig, batch: Mapping[str, Any], topology:
 
 def _compile(program: Program, batch: Mapping[str, Any]) -> Any:
     with jax.set_mesh(program.mesh):
-        lowered = program.step.lower(program.abstract_state, batch)
+        step: Any = program.step  # what jax.jit returns
+        lowered = step.lower(program.abstract_state, batch)
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             text = str(error)
             if "RESOURCE_EXHAUSTED" not in text and "memory" not in text:
                 raise
-            used = re.search(r"Used ([\d.]+)([KMGT]) of", text)
-            needed = float(used[1]) * 1024 ** " KMGT".index(used[2]) if used else None
-            raise OutOfMemoryError(" ".join(text.split())[:300], needed) from error
+            raise OutOfMemoryError(" ".join(text.split())[:300], needed_bytes(text)) from error
+
+
+def needed_bytes(text: str) -> float | None:
+    """How much the step would take, as the compiler says when it does not fit; None if it does not say."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of|required for HLO temporaries \(([\d.]+)([KMGT])\)", text)
+    if not found:
+        return None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return float(number) * 1024 ** " KMGT".index(unit)
 
 
 def _per_device(tree: Any) -> float:

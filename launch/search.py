@@ -38,8 +38,8 @@ def plan(name: str, command: Any) -> None:
 
 def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> str:
     capacity = topology.chip.memory
-    size = "" if needed is None else f"{needed / chips.GIB:.1f} GiB "
-    has = "" if capacity is None else f" and a device has {capacity / chips.GIB:.1f} GiB"
+    size = "more than there is" if needed is None else f"{needed / chips.GIB:.1f} GiB"
+    has = "" if capacity is None else f", which has {capacity / chips.GIB:.0f}"
     remedies = []
     if config.mesh.fsdp < len(topology.devices):
         remedies.append(f"--mesh.fsdp {min(len(topology.devices), max(2, 4 * config.mesh.fsdp))}")
@@ -47,7 +47,7 @@ def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> s
     if config.model.remat != "block":
         remedies.append("--model.remat block")
     remedies.append("a smaller --batch")
-    return f"out of memory: the step needs {size}a device{has}; try {', '.join(remedies)}, or --search"
+    return f"out of memory: the step needs {size} on a device{has}; try {', '.join(remedies)}, or --search"
 
 
 def candidates(config: Any, num_devices: int) -> Iterator[Any]:

@@ -124,7 +124,7 @@ def test_a_slice_that_is_preempted_is_asked_for_again(tmp_path):
         ),
         (["gke", "--name", "b", "--image", "i", "--topology", "cpu:4", "--", "x"], "runs on TPU slices, as v5e:16x16"),
         (["local", "--processes", "0", "--", "x"], "--processes 0: must be 1 or more"),
-        (["local", "--", "no-such-program"], "no-such-program: No such file or directory"),
+        (["local", "--", "no-such-program"], "no-such-program: there is no such program"),
         (["plan", "bert_bse", "--topology", "cpu:4"], "unknown preset 'bert_bse'; did you mean bert_base?"),
         (["plan", "bert_base", "--topology", "v9:2x2"], "unknown topology 'v9:2x2'; there are cpu:N, local, and TPU"),
         (["plan", "bert_base"], "--topology must be given"),

@@ -12,7 +12,6 @@ import pytest
 from conftest import Process
 
 from core_flax.checkpoint import list_steps
-from launch.local import LocalCommand, run
 
 LONG = {"train__num_steps": 100_000, "checkpoint__every_steps": 0, "mesh__fsdp": 2}
 SECONDS = 100
@@ -108,10 +107,12 @@ def test_a_signal_to_the_launcher_is_passed_on_and_a_mistake_is_told():
     assert "was killed by SIGTERM" in err
 
 
-def test_the_status_is_that_of_the_first_failure(capfd):
+def test_the_status_is_that_of_the_first_failure():
     program = "import os, sys, time; n = int(os.environ['JAX_PROCESS_ID']); time.sleep(3 * (1 - n)); sys.exit(3 + n)"
-    assert run(LocalCommand(processes=2), [sys.executable, "-c", program]) == 4
-    assert "process 1 of 2 failed with exit status 4; ending the others" in capfd.readouterr().err
+    with launch(sys.executable, "-c", program) as launcher:
+        _, err = launcher.communicate(timeout=30)
+    assert launcher.returncode == 4
+    assert "process 1 of 2 failed with exit status 4; ending the others" in err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from core_flax.types import UserError
 from launch.chips import CHIPS, GIB, Chip, Topology, parse_topology
 from launch.families import PRESETS
 from launch.hlo import Collective, Work, _convolution_flops, read_work
-from launch.plan import _roofline, collective_seconds, make_plan
+from launch.plan import _roofline, collective_seconds, make_plan, needed_bytes
 from launch.search import candidates
 
 N, B, D, WAYS = 20, 16, 32, 4
@@ -127,6 +127,20 @@ def test_batches_have_the_shapes_of_those_that_are_made(data):
     made = next(make_task(CONFIG, PassageStore(data, "train"), None, vocabulary).batches(0, range(8)))
     told = {name: (x.shape, x.dtype) for name, x in batch_shapes(CONFIG, 0).items()}
     assert told == {name: (x.shape, x.dtype) for name, x in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (178.98G) exceeds available", 178.98),
+        ("Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. Exceeded hbm capacity by 4.5G.", 20.25),
+        ("Used 512.00M of", 0.5),
+        ("RESOURCE_EXHAUSTED", None),
+    ],
+)
+def test_what_the_compiler_says_is_too_much_is_understood(text, gib):
+    """The words of libtpu's compiler."""
+    assert needed_bytes(text) == (None if gib is None else pytest.approx(gib * GIB))
 
 
 class FakeTpu:
