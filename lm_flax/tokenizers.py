@@ -7,6 +7,7 @@ tokenizer.json (characters, words), a tokenizer.json of the package tokenizers (
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -165,7 +166,8 @@ class Words:
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer."""
         words = [self._words[int(number)] for number in ids]
-        return " ".join("\n" if word == END_OF_LINE else word for word in words).replace(" \n ", "\n")
+        text = " ".join("\n" if word == END_OF_LINE else word for word in words)
+        return re.sub(" ?\n ?", "\n", text)
 
     def words(self) -> list[str]:
         """See Tokenizer."""
