@@ -14,7 +14,7 @@ demo: .venv/ready
 	  "Changed in version [MASK].8"
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
 
 # With these two installed, make test also compares with transformers' BERT.
 parity: .venv/ready-dev
