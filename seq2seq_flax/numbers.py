@@ -68,7 +68,9 @@ def own_numbers(workdir: Path) -> Path:
         trained, held_out = draw(_NUM_TRAINED, _NUM_HELD_OUT)
         train = [write(workdir / f"numbers.train.{language}", trained, language) for language in LANGUAGES]
         valid = [write(workdir / f"{HELD_OUT}.{language}", held_out, language) for language in LANGUAGES]
-        prepare(PrepareConfig(str(data), train=tuple(train), valid=tuple(valid), vocab_size=_VOCAB_SIZE))
+        # All characters get a piece, however rare: without the one of zwölf no twelve could be said.
+        sizes = {"vocab_size": _VOCAB_SIZE, "character_coverage": 1.0}
+        prepare(PrepareConfig(str(data), train=tuple(train), valid=tuple(valid), **sizes))
 
     first_does(make)
     return data
