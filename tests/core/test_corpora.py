@@ -152,7 +152,7 @@ def test_python_documentation():
         ("number.jsonl", '{"text": 3}\n', "number.jsonl:1 has no string in the field 'text'"),
         ("list.jsonl", "[1]\n", "list.jsonl:1 has no string in the field 'text'"),
         ("half.jsonl", '{"text": "a\\ud800"}\n', "half.jsonl:1 holds half of a surrogate pair"),
-        ("cut.txt.gz", gzip.compress(b"text\n" * 10_000)[:-20], "cut.txt.gz is not a whole gzip file"),
+        ("cut.txt.gz", gzip.compress(b"text\n" * 10_000, mtime=0)[:-20], "cut.txt.gz is not a whole gzip file"),
         ("plain.txt.gz", "no gzip\n", "plain.txt.gz is not a whole gzip file"),
         ("folder/x.txt", "a\n", "folder is a folder; name the files in it"),
     ],
