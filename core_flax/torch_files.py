@@ -64,11 +64,7 @@ class _RebuildParameter:
         return tensor
 
 
-_ADMITTED: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor": _RebuildTensor(),
-    "torch._utils._rebuild_tensor_v2": _RebuildTensor(),
-    "torch._utils._rebuild_parameter": _RebuildParameter(),
+_TYPES = {
     "torch.DoubleStorage": "float64",
     "torch.FloatStorage": "float32",
     "torch.HalfStorage": "float16",
@@ -79,6 +75,12 @@ _ADMITTED: dict[str, Any] = {
     "torch.CharStorage": "int8",
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
+}
+_ADMITTED: dict[str, Any] = _TYPES | {
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_tensor": _RebuildTensor(),
+    "torch._utils._rebuild_tensor_v2": _RebuildTensor(),
+    "torch._utils._rebuild_parameter": _RebuildParameter(),
 }
 
 
@@ -92,7 +94,8 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size, *view = pid
-        if kind != "storage" or dtype not in _ADMITTED.values() or not isinstance(key, str):
+        # No other name will do for a type: NumPy takes a class for "objects", and reads the file's bytes as addresses.
+        if kind != "storage" or type(dtype) is not str or dtype not in _TYPES.values() or type(key) is not str:
             raise ValueError("a storage has no type or key")
         if view and view[0] is not None:  # the part of a storage that several tensors share, in old files
             _, offset, size = view[0]
@@ -178,8 +181,9 @@ def _arrays(state: Any, read: ReadStorage) -> dict[str, np.ndarray]:
 def _array(tensor: _Tensor, content: bytes) -> np.ndarray:
     """The array, contiguous. Raises ValueError unless all of it lies within the storage."""
     storage, dtype = tensor.storage, _numpy_dtype(tensor.storage.dtype)
-    if math.prod(tensor.shape) > storage.size:  # a stride of 0 could make a terabyte of one number
-        raise ValueError(f"a tensor of shape {list(tensor.shape)} is larger than its storage of {storage.size}")
+    room = len(content) // dtype.itemsize
+    if math.prod(tensor.shape) > room:  # a stride of 0 could make a terabyte of one number
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} is larger than its storage of {room}")
     strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
     offset = (storage.view_offset + tensor.offset) * dtype.itemsize
     x = np.ndarray(tensor.shape, dtype, content, offset, strides)  # which checks the bounds

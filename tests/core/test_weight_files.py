@@ -152,6 +152,22 @@ def test_what_is_admitted_cannot_be_changed(layout, tmp_path):
     assert read_torch(layout(tmp_path / "x.bin", state(x=tensor()), s0=X)).keys() == {"x"}
 
 
+@pytest.mark.parametrize("name", [b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_tensor\n", text("object")])
+@LAYOUTS
+def test_only_a_storage_is_a_type(layout, name, tmp_path):
+    """To NumPy a class is the type of objects: it would follow the numbers in the file as if they were addresses."""
+    program = state(x=tensor(size=3, shape=(3,))).replace(b"ctorch\nFloatStorage\n", name)
+    with pytest.raises(UserError, match="a storage has no type or key"):
+        read_torch(layout(tmp_path / "x.bin", program, s0=X))
+
+
+def test_a_storage_is_as_large_as_it_is(tmp_path):
+    """Whatever the file says: this would be 8 GiB of one number."""
+    program = state(x=tensor(size=2**31 - 1, shape=(2**31 - 1,), strides=(0,)))
+    with pytest.raises(UserError, match="is larger than its storage of 6"):
+        read_torch(archive(tmp_path / "x.bin", program, s0=X))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
