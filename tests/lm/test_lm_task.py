@@ -31,16 +31,11 @@ from lm_flax.task import loss_weights, make_evaluator, token_sums, unigram_loss
 from lm_flax.tokenizers import Characters
 
 END = V - 1
-GPT2 = GPT2Run(
-    model=dataclasses.replace(CONFIGS["gpt2"], num_layers=1),
-    inputs=InputsConfig(length=16),
-    train=TrainConfig(batch_size=4),
-)
+ROWS = {"inputs": InputsConfig(length=16), "train": TrainConfig(batch_size=4)}
+GPT2 = GPT2Run(**ROWS, model=dataclasses.replace(CONFIGS["gpt2"], num_layers=1))
 CONFIG_OF = {
     "gpt2": GPT2,
-    "llama": LlamaRun(
-        model=dataclasses.replace(CONFIGS["llama_grouped_tied"], num_layers=1), inputs=GPT2.inputs, train=GPT2.train
-    ),
+    "llama": LlamaRun(**ROWS, model=dataclasses.replace(CONFIGS["llama_grouped_tied"], num_layers=1)),
     "conv": ConvRun(**ROWS, model=ConvConfig(vocab_size=V, num_layers=2, embedding_width=8, width=8)),
 }
 LETTERS = "".join(chr(200 + number) for number in range(V))
