@@ -1,1 +1,1 @@
-"""Encoder-decoder translation: not here yet."""
+"""Encoder-decoder translation: trained, decoded, scored."""
