@@ -8,72 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file, save_file
-from tokenizers.implementations import BertWordPieceTokenizer
+from hf_folder import CONFIG, PIECES, TABLE, edit, random_arrays, refused, write
+from safetensors.numpy import load_file
 
 from bert_flax.huggingface import TASK_HEADS, TaskHead, load_pretrained, save_pretrained
-from bert_flax.huggingface_names import tensors
-from bert_flax.model import BertConfig
 from bert_flax.pretrained import export_hf, import_hf, load_init
 from bert_flax.runs import load_run
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PIECES += ["the", "quick", "brown", "fox", "jump", "##s", "##ed", "cafe", "a", "##b", ".", ",", "é", "今"]
-CONFIG = BertConfig(
-    vocab_size=len(PIECES),
-    num_layers=2,
-    width=8,
-    num_heads=2,
-    mlp_width=12,
-    max_length=10,
-    num_segments=3,
-    dropout=0.25,
-    attention_dropout=0.125,
-    init_stddev=0.03,
-    norm_epsilon=1e-7,
-)
 HEADS = ("encoder/pooler", "masked_language", "next_sentence")
-TABLE = "bert.embeddings.word_embeddings.weight"
-
-
-def random_arrays(seed=0):
-    """Under their names, with their shapes; numbers of every sign and size."""
-    draw = np.random.default_rng(seed)
-    named = {name: tensor.shape for tensor in tensors(CONFIG).values() for name in tensor.names}
-    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in named.items()}
-
-
-def write(folder, arrays, vocabulary=None, **changes):
-    """A folder with these arrays; ``changes`` go into its config.json, None takes a field out."""
-    folder.mkdir(exist_ok=True)
-    config = {
-        "architectures": ["BertForPreTraining"],
-        "model_type": "bert",
-        "vocab_size": CONFIG.vocab_size,
-        "num_hidden_layers": 2,
-        "hidden_size": 8,
-        "num_attention_heads": 2,
-        "intermediate_size": 12,
-        "max_position_embeddings": 10,
-        "type_vocab_size": 3,
-        "hidden_dropout_prob": 0.25,
-        "attention_probs_dropout_prob": 0.125,
-        "initializer_range": 0.03,
-        "layer_norm_eps": 1e-7,
-    }
-    config = {name: value for name, value in (config | changes).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
-    (vocabulary or WordPiece(PIECES)).save(folder / "vocab.txt")
-    save_file(arrays, folder / "model.safetensors")
-    return folder
-
-
-def edit(path, **changes):
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | changes))
 
 
 def assert_same(ours, theirs):
@@ -101,13 +45,6 @@ def model(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     return write(tmp_path / "model", random_arrays())
-
-
-def refused(folder):
-    with pytest.raises(UserError) as error:
-        load_pretrained(folder)
-    assert "\n" not in str(error.value) and str(folder) in str(error.value)
-    return str(error.value)
 
 
 # There and back
@@ -350,125 +287,6 @@ def test_another_vocabulary_put_into_an_imported_folder(folder, tmp_path):
     WordPiece([*PIECES[:-1], "other"]).save(tmp_path / "ours/vocab.txt")
     with pytest.raises(UserError, match="is not the vocabulary that was imported"):
         load_init(str(tmp_path / "ours"))
-
-
-# The vocabulary
-
-TEXTS = ["The quick brown FOX jumped, jumps.", "Café café é 今the", "[MASK] the", "ab aé"]
-
-
-WORD_PIECE = {
-    "type": "WordPiece",
-    "unk_token": "[UNK]",
-    "continuing_subword_prefix": "##",
-    "max_input_chars_per_word": 100,
-    "vocab": {piece: number for number, piece in enumerate(PIECES)},
-}
-
-
-def theirs(folder, **settings):
-    """tokenizer.json as the tokenizers package writes it, in place of vocab.txt; the tokenizer."""
-    made = BertWordPieceTokenizer({piece: number for number, piece in enumerate(PIECES)}, **settings)
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.txt").unlink(missing_ok=True)
-    (folder / "tokenizer_config.json").unlink(missing_ok=True)
-    return made
-
-
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_tokenizer_json_alone(folder, lowercase):
-    made = theirs(folder, lowercase=lowercase)
-    found = load_pretrained(folder).vocabulary
-    assert (found.pieces, found.lowercase) == (tuple(PIECES), lowercase)
-    for text in TEXTS:
-        assert found.encode([text], specials=True) == [made.encode(text, add_special_tokens=False).ids]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lowercase": False, "strip_accents": True}, "tokenizer.json: strip_accents is True where text is not lower-"),
-        ({"strip_accents": False}, "tokenizer.json: strip_accents is False where text is lower-cased"),
-        ({"handle_chinese_chars": False}, "normalizer.handle_chinese_chars is False; only True can be read"),
-        ({"clean_text": False}, "normalizer.clean_text is False"),
-    ],
-)
-def test_tokenizer_json_that_cuts_in_another_way(folder, settings, message):
-    theirs(folder, **settings)
-    assert message in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"normalizer": None}, "normalizer.type is None; only 'BertNormalizer' can be read"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer.type is 'Whitespace'"),
-        ({"model": WORD_PIECE | {"continuing_subword_prefix": "@@"}}, "subword_prefix is '@@'; only '##' can be read"),
-        ({"model": WORD_PIECE | {"max_input_chars_per_word": 9}}, "model.max_input_chars_per_word is 9; only 100 can"),
-        ({"model": {"type": "BPE"}}, "model.type is 'BPE'; only 'WordPiece'"),
-        ({"added_tokens": [{"id": 5, "content": "the"}]}, "'the', added as 5, is looked for in text before it is cut"),
-        ({"added_tokens": [{"id": 19, "content": "<e>"}]}, "'<e>', added as 19, is looked for in text"),
-        ({"added_tokens": [1]}, "its added tokens cannot be read"),
-    ],
-)
-def test_tokenizer_json_of_another_kind(folder, changes, message):
-    theirs(folder)
-    edit(folder / "tokenizer.json", **changes)
-    assert message in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class is 'BertJapaneseTokenizer'; only 'BertTokeni"),
-        ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars is False; only True"),
-        ({"strip_accents": False}, "tokenizer_config.json: strip_accents is False where text is lower-cased"),
-        ({"do_basic_tokenize": False}, "do_basic_tokenize is False"),
-        ({"mask_token": "<mask>"}, "mask_token is '<mask>'; only [MASK] can be read"),
-        ({"added_tokens_decoder": {"19": {"content": "<e>"}}}, "'<e>', added as 19, is looked for in text"),
-        ({"additional_special_tokens": ["<e>"]}, "additional_special_tokens is ['<e>']"),
-    ],
-)
-def test_settings_that_cut_in_another_way(folder, changes, message):
-    edit(folder / "tokenizer_config.json", **changes)
-    assert message in refused(folder)
-
-
-def test_settings_that_say_what_is_usual(model, folder):
-    edit(
-        folder / "tokenizer_config.json",
-        tokenizer_class="BertTokenizer",
-        strip_accents=None,
-        tokenize_chinese_chars=True,
-        never_split=None,
-        mask_token={"content": "[MASK]", "lstrip": False},
-        added_tokens_decoder={"0": {"content": "[PAD]"}, "4": {"content": "[MASK]"}},
-    )
-    assert load_pretrained(folder).vocabulary.fingerprint == model.vocabulary.fingerprint
-
-
-def test_files_that_contradict_each_other(folder):
-    BertWordPieceTokenizer({piece: number for number, piece in enumerate(PIECES)}).save(str(folder / "tokenizer.json"))
-    load_pretrained(folder)  # the same vocabulary, lower-cased in both
-    edit(folder / "tokenizer_config.json", do_lower_case=False)
-    assert "tokenizer_config.json and tokenizer.json differ on lower-casing" in refused(folder)
-    edit(folder / "tokenizer_config.json", do_lower_case=True)
-    WordPiece([*PIECES[:-1], "other"]).save(folder / "vocab.txt")
-    assert "vocab.txt and tokenizer.json hold different vocabularies" in refused(folder)
-    (folder / "added_tokens.json").write_text('{"<e>": 19}')
-    (folder / "tokenizer.json").unlink()
-    assert "added_tokens.json: '<e>', added as 19" in refused(folder)
-
-
-def test_lower_casing_that_no_file_tells(folder):
-    (folder / "tokenizer_config.json").unlink()
-    found = load_pretrained(folder)
-    assert found.vocabulary.lowercase
-    assert "text is lower-cased, since of the vocabulary it has no capital letters" in found.report.notes[0]
-    WordPiece([*PIECES[:-1], "Fox"]).save(folder / "vocab.txt")
-    found = load_pretrained(folder)
-    assert not found.vocabulary.lowercase
-    assert "text is not lower-cased, since of the vocabulary it has 'Fox'" in found.report.notes[0]
 
 
 def test_rows_that_pad_the_embedding(folder):
