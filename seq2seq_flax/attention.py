@@ -8,6 +8,9 @@ from core_flax.attention import dot_product_attention, packing_mask
 from core_flax.layers import Dropout, Linear, Weights, linear
 from core_flax.types import Array
 
+LOOKED_AT = "looked_at"
+"""Collection in which models leave the probabilities of attention to the source if it is mutable (``align`` asks)."""
+
 
 def causal_mask(sequences_BL: Array) -> Array:
     """[B, 1, L, L]: True where a token may look at one of its own sequence, no later than itself."""
@@ -68,6 +71,7 @@ class CrossAttention(nn.Module):
         (q_BLHK,) = self._project(x_BLD, self.query)
 
         def dropout(probs_BHLM: Array) -> Array:
+            self.sow(LOOKED_AT, "probs", probs_BHLM)
             return self.dropout(probs_BHLM, row_B=row_B, deterministic=deterministic)
 
         k_BMHK, v_BMHK = (x.swapaxes(1, 2) for x in keys_values)

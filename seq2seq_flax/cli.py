@@ -1,4 +1,4 @@
-"""``seq2seq-flax``: prepare parallel text, train, average checkpoints, exchange models with Hugging Face."""
+"""``seq2seq-flax``: prepare parallel text, train, evaluate, translate, exchange models with Hugging Face."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "prepare": ("turn parallel text into the folder that training reads", _prepare),
             "train": ("train, or resume, a model", _train),
             "evaluate": ("BLEU and chrF with their signatures, and the held-out loss", _evaluate),
+            "translate": ("translate a file or a pipe", _translate),
+            "align": ("which source words each target word looks at", _align),
             "average": ("average the last checkpoints of a run", _average),
             "import-hf": ("take in a Marian model of Hugging Face's", _import_hf),
             "export-hf": ("write a model for Hugging Face's transformers", _export_hf),
@@ -51,6 +53,19 @@ def _prepare(argv: Sequence[str]) -> None:
                 )
         for reason, count in info.dropped.items():
             print(f"    left out: {count:,} {reason}")
+
+
+def _translate(argv: Sequence[str]) -> None:
+    keep_freed_memory()  # before jax is imported
+    from seq2seq_flax.translate import TranslateCommand, run
+
+    run(cli.parse(TranslateCommand, argv, f"{PROG} translate", description=TranslateCommand.__doc__ or ""))
+
+
+def _align(argv: Sequence[str]) -> None:
+    from seq2seq_flax.align import AlignCommand, run
+
+    run(cli.parse(AlignCommand, argv, f"{PROG} align", description=AlignCommand.__doc__ or ""))
 
 
 def _presets(argv: Sequence[str]) -> None:

@@ -15,12 +15,12 @@ from core_flax.cache import Shared
 from core_flax.layers import Dropout, linear
 from core_flax.recurrent import LSTM, LSTMState, LSTMWeights, lstm_step, state_after, uniform, zero_state
 from core_flax.types import Array
-from seq2seq_flax.attention import cross_mask
+from seq2seq_flax.attention import LOOKED_AT, cross_mask
 from seq2seq_flax.config import GNMTConfig
 from seq2seq_flax.interface import Drawn, EncoderDecoder
 from seq2seq_flax.lstm_attention import AttentionCache
 from seq2seq_flax.recurrent import Encoder, States, hidden_of, starts_of
-from seq2seq_flax.scores import ScoreWeights, attend
+from seq2seq_flax.scores import ScoreWeights, attend, probabilities
 
 FIRST_RESIDUAL = 2
 """Number of the first layer, counted from 0, whose input is added to its output (section 3.1, figure 1)."""
@@ -100,8 +100,12 @@ class AttendingLayer(nn.Module):
 
         kept_BLF = self.inner_dropout(jnp.ones_like(x_BLF), **drawn)
         sequence = jax.tree.map(lambda x: x.swapaxes(0, 1), (gates_BL4F, mask_BLM, starts_BL, kept_BLF))
-        found = jax.lax.scan(step, initial_BF, sequence)[1]
-        return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
+        found = jax.tree.map(lambda x: x.swapaxes(0, 1), jax.lax.scan(step, initial_BF, sequence)[1])
+        if self.is_mutable_collection(LOOKED_AT):
+            before_BLF = jnp.concatenate([initial_BF.hidden[:, None], found[0].hidden[:, :-1]], axis=1)
+            query_BLF = jnp.where(starts_BL[..., None], 0, before_BLF)
+            self.sow(LOOKED_AT, "probs", probabilities(query_BLF, source[0], mask_BLM, additive))
+        return found
 
 
 class GNMT(EncoderDecoder):

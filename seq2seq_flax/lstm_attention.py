@@ -13,7 +13,7 @@ from core_flax.cache import Shared
 from core_flax.layers import Dropout, linear
 from core_flax.recurrent import LSTMWeights, lstm_step, state_after, uniform, zero_state
 from core_flax.types import Array
-from seq2seq_flax.attention import cross_mask
+from seq2seq_flax.attention import LOOKED_AT, cross_mask
 from seq2seq_flax.config import LSTMAttentionConfig
 from seq2seq_flax.interface import Drawn, EncoderDecoder
 from seq2seq_flax.recurrent import (
@@ -26,7 +26,7 @@ from seq2seq_flax.recurrent import (
     starts_of,
     states_to_start,
 )
-from seq2seq_flax.scores import ScoreWeights, attend
+from seq2seq_flax.scores import ScoreWeights, attend, probabilities
 
 
 @flax.struct.dataclass
@@ -105,7 +105,11 @@ class FeedingDecoder(nn.Module):
 
         sequence = gates_BL4F, mask_BLM, starts_BL, begin, self._kept(x_BLF, drawn)
         sequence = jax.tree.map(lambda x: x.swapaxes(0, 1), sequence)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1), jax.lax.scan(step, initial, sequence)[1])
+        carried = jax.tree.map(lambda x: x.swapaxes(0, 1), jax.lax.scan(step, initial, sequence)[1])
+        if self.is_mutable_collection(LOOKED_AT):
+            query_BLF = carried.states[-1].hidden
+            self.sow(LOOKED_AT, "probs", probabilities(query_BLF, source[0], mask_BLM, weights.additive))
+        return carried
 
     def _weights(self) -> tuple[Array, "_Weights"]:
         """(kernel [D, 4, F] of embedded tokens, what steps need)."""

@@ -13,7 +13,7 @@ from core_flax.attention import MultiHeadAttention, SelfAttention, packing_mask,
 from core_flax.cache import KeyValueCache, Shared, init_cache
 from core_flax.layers import Dropout, Embedding, Linear, Norm, gelu, layers_per_turn, remat
 from core_flax.types import Array
-from seq2seq_flax.attention import CrossAttention, causal_mask, cross_mask
+from seq2seq_flax.attention import LOOKED_AT, CrossAttention, causal_mask, cross_mask
 from seq2seq_flax.config import TransformerConfig
 
 # Glorot and Bengio 2010: keeps variances through square maps, and is what the reference implementation has.
@@ -313,7 +313,7 @@ class _Stack(nn.Module):
         unroll = layers_per_turn(self.config.unroll, self.config.num_layers)
         layers = nn.scan(
             remat(self.block, self.config.remat, unroll),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, LOOKED_AT: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, nn.broadcast),  # Flax's annotation knows ints alone
             length=self.config.num_layers,

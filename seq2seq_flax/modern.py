@@ -20,7 +20,7 @@ from core_flax.cache import KeyValueCache, Shared, init_cache
 from core_flax.layers import Dropout, GatedFeedForward, RMSNorm, layers_per_turn, remat
 from core_flax.rotary import Rotation, rotate, rotation
 from core_flax.types import Array
-from seq2seq_flax.attention import CrossAttention, causal_mask, cross_mask
+from seq2seq_flax.attention import LOOKED_AT, CrossAttention, causal_mask, cross_mask
 from seq2seq_flax.config import ModernConfig
 from seq2seq_flax.interface import Drawn, EncoderDecoder
 from seq2seq_flax.model import KERNEL_INIT
@@ -148,7 +148,7 @@ class ModernTransformer(EncoderDecoder):
         unroll = layers_per_turn(config.unroll, config.num_layers)
         return nn.scan(
             remat(block, config.remat, unroll),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, LOOKED_AT: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, nn.broadcast),  # Flax's annotation knows ints alone
             length=config.num_layers,

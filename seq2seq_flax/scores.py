@@ -64,12 +64,16 @@ def attend(
       (context [B, F], probabilities [B, M], float32).
     """
     query_BPF = query_BF.reshape(len(keys_BMF), -1, query_BF.shape[-1])
-    score = _product_scores if additive is None else _additive_scores
-    scores_BPM = score(query_BPF, keys_BMF, additive)
-    scores_BPM = jnp.where(mask_BM[:, None], scores_BPM, jnp.finfo(jnp.float32).min)
-    probs_BPM = jax.nn.softmax(scores_BPM, axis=-1)
+    probs_BPM = probabilities(query_BPF, keys_BMF, mask_BM[:, None], additive)
     context_BPF = jnp.einsum("BPM,BMF->BPF", probs_BPM.astype(values_BMF.dtype), values_BMF)
     return context_BPF.reshape(query_BF.shape), probs_BPM.reshape(len(query_BF), -1)
+
+
+def probabilities(query_BPF: Array, keys_BMF: Array, mask_BPM: Array, additive: tuple[Array, Array] | None) -> Array:
+    """How much several queries look at each token [B, P, M], float32; the rest as in ``attend``."""
+    score = _product_scores if additive is None else _additive_scores
+    scores_BPM = score(query_BPF, keys_BMF, additive)
+    return jax.nn.softmax(jnp.where(mask_BPM, scores_BPM, jnp.finfo(jnp.float32).min), axis=-1)
 
 
 def _product_scores(query_BPF: Array, keys_BMF: Array, additive: Any) -> Array:

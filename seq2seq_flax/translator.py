@@ -20,7 +20,7 @@ from core_flax.types import Array, Params
 _FEW_ROWS = 8
 """Fewer sentences than a batch takes become as many rows as this times powers of 8."""
 _EXTRA_TOKENS = 16
-"""A translation may have twice as many tokens as the padded source, and so many more."""
+"""A translation may have twice as many tokens as its source, and so many more."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Draws:
     n_best: int = 1
 
 
-def longest_target(source_length: int) -> int:
-    """Tokens that the translation of a source may have, ``</s>`` included; both lengths are of the batch's shape."""
+def longest_target(source_length: Any) -> Any:
+    """Tokens that the translation of a source of so many tokens may have, ``</s>`` included on both sides."""
     return 2 * source_length + _EXTRA_TOKENS
 
 
@@ -143,7 +143,8 @@ def _translated(
 ) -> Hypotheses:
     cache = model.apply({"params": params}, tokens, valid, length, method="start")
     starts_BL = jnp.full((len(tokens), 1), bos_id)
-    limit_B = jnp.where(valid.any(axis=1), length, 0)  # nobody waits for a row without a sentence
+    # By the sentence's own length, so that nothing depends on the batch; nobody waits for a row without a sentence.
+    limit_B = jnp.where(valid.any(axis=1), longest_target(valid.sum(axis=1)), 0)
     if isinstance(search, BeamSearch):
         options: Any = {"length": length, "search": search, "stop": (eos_id,), "allowed_V": allowed_V}
         return beam_search(model, params, cache, starts_BL, limit_B=limit_B, **options)

@@ -1,0 +1,357 @@
+"""``seq2seq-flax translate``: texts from a file or a pipe, translated line by line and put out in their order."""
+
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from core_flax.beam import BeamSearch
+from core_flax.config import MeshConfig, check_range, local_folder, replacing
+from core_flax.data import corpora
+from core_flax.hardware import compute_dtype
+from core_flax.run import kind_of
+from core_flax.sampling import Sampling
+from core_flax.sharding import make_mesh, replicated
+from core_flax.text.sentences import split_sentences
+from core_flax.types import Params, UserError
+from seq2seq_flax.architectures import make_model
+from seq2seq_flax.pretrained import load_model
+from seq2seq_flax.runs import KINDS, load_run
+from seq2seq_flax.translator import Draws, Hypothesis, translate
+
+_STANDARD_INPUT = "standard input"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateCommand:
+    """Translates a file or a pipe, line by line; an empty line becomes an empty line."""
+
+    workdir: str
+    """Folder of a run, an average of its checkpoints, or a model that import-hf took in."""
+    input: str = "-"
+    """File of sentences, one a line (also .gz); -: standard input, of which the lines that are there are answered at
+    once."""
+    output: str = "-"
+    """File to write; -: standard output."""
+    target_lang: str | None = None
+    """Language to translate into, for a model that has several."""
+    long: Literal["refuse", "split"] = "refuse"
+    """A line longer than the model takes. refuse: stop and say where; split: translate it in pieces, at ends of
+    sentences where it has any, and say so."""
+    beam_size: int = BeamSearch.beam_size
+    """Sequences that live on at each step of the search; 1: greedy, always the most probable token."""
+    length_penalty: float = BeamSearch.length_penalty
+    """What length is worth (Wu et al. 2016, section 7). 0: the most probable translation, which tends to be short."""
+    n_best: int = 1
+    """Translations of each line. More than 1: the output has so many lines for each, the best first, of three columns:
+    the line's number, the score, the translation."""
+    sample: bool = False
+    """Draw translations by chance instead of searching for the best; the score is then the log-probability."""
+    temperature: float = 1.0
+    """With --sample: what scores are divided by before they become probabilities; 0: always the most probable token."""
+    top_k: int | None = None
+    """With --sample: draw from this many most probable tokens; None: from all."""
+    top_p: float | None = None
+    """With --sample: draw from the fewest tokens that have this probability together; None: from all."""
+    min_p: float | None = None
+    """With --sample: draw from tokens with this share of the best one's probability, or more; None: from all."""
+    seed: int = 0
+    """With --sample: of what is drawn for a line, with its number."""
+    batch_size: int = 64
+    """Sentences that are translated at a time."""
+    step: int | None = None
+    """Step of the checkpoint; None: the newest."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a value out of range, and on options that do not go together."""
+        check_range("", self, "batch_size", "n_best", least=1)
+        check_range("", self, "step", least=0)
+        check_range("", self, "seed", least=0, below=2**31)
+        searching, drawing = ("beam_size", "length_penalty"), ("temperature", "top_k", "top_p", "min_p", "seed")
+        for name in searching if self.sample else drawing:
+            if getattr(self, name) != getattr(type(self), name):
+                without = "does not go with" if self.sample else "goes with"
+                raise UserError(f"--{name.replace('_', '-')} {without} --sample")
+        if self.input != "-" and Path(self.input).resolve() == Path(self.output).resolve():
+            raise UserError("--input and --output must be different files")
+        _ = self.search  # refuses what is out of range
+
+    @property
+    def search(self) -> BeamSearch | Draws:
+        """How translations are found."""
+        if self.sample:
+            return Draws(Sampling(self.temperature, self.top_k, self.top_p, self.min_p), self.seed, self.n_best)
+        return BeamSearch(self.beam_size, self.length_penalty, n_best=self.n_best)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line to translate.
+
+    Attributes:
+      where: "FILE:LINE", for messages.
+      pieces: token ids of what is translated by itself, ``</s>`` included: none of an empty line, one of most.
+    """
+
+    where: str
+    pieces: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A translation of a line. Attributes: text; score, of all its pieces; whether every piece came to its end."""
+
+    text: str
+    score: float
+    is_complete: bool
+
+
+@dataclass(frozen=True)
+class Translator:
+    """A model that translates texts, on all devices of this process.
+
+    Attributes:
+      model: the encoder-decoder.
+      params: its parameters, on the devices.
+      tokenizer: SentencePiece, or what serves as one.
+      max_length: tokens of a source that the model takes, ``</s>`` and language piece included.
+      targets: languages it translates into, if they have names.
+      tagged: whether sources must ask for one.
+      mesh: the devices.
+      name: what it is called in messages.
+    """
+
+    model: Any
+    params: Params
+    tokenizer: Any
+    max_length: int
+    targets: tuple[str, ...]
+    tagged: bool
+    mesh: Mesh
+    name: str = "the model"
+
+    @classmethod
+    def load(cls, workdir: str, step: int | None = None) -> "Translator":
+        """From a folder of ours or of Hugging Face's. Raises UserError if it holds no model that translates."""
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        if kind_of(local_folder("--workdir", workdir)) in KINDS:
+            run, tokenizer = load_run(workdir)
+            model = make_model(run.config.model, compute_dtype(run.config.train.compute_dtype))
+            params, _ = run.params(step, replicated(mesh))
+            # Training has seen no sentence that does not fit a row.
+            most, tagged = run.config.inputs.row_length, run.facts["tagged"]
+            targets = dict.fromkeys(target for _, target in run.facts["directions"] if target is not None)
+            return cls(model, params, tokenizer, most, tuple(targets), tagged, mesh, f"the run in {workdir}")
+        found = load_model(workdir, step)
+        model = make_model(found.config, compute_dtype("auto"))
+        params = jax.device_put(dict(found.params), replicated(mesh))
+        targets = tuple(found.tokenizer.languages)
+        return cls(
+            model, params, found.tokenizer, found.max_length, targets, bool(targets), mesh, f"the model in {workdir}"
+        )
+
+    def language_prefix(self, target_lang: str | None) -> tuple[int, ...]:
+        """What sources begin with, to ask for a language; nothing if the model has one only.
+
+        Raises:
+          UserError: the model does not translate into this language, or must be told into which.
+        """
+        known = (
+            f"translates into {', '.join(self.targets)}" if self.targets else "has one target language without a name"
+        )
+        if target_lang is not None and target_lang not in self.targets:
+            raise UserError(f"--target-lang {target_lang}: {self.name} {known}")
+        if not self.tagged:
+            return ()
+        if target_lang is None:
+            raise UserError(f"--target-lang must be given: {self.name} {known}")
+        return (self.tokenizer.languages[target_lang],)
+
+    def encode(self, texts: Sequence[tuple[str, str]], prefix: tuple[int, ...], long: str) -> list[Line]:
+        """Texts, each with where it is from, as tokens; ``long`` is that of TranslateCommand.
+
+        Raises:
+          UserError: a text is longer than the model takes, and that is to be refused.
+        """
+        room = self.max_length - len(prefix) - 1
+        lines = []
+        for (where, text), ids in zip(texts, self.tokenizer.encode([text for _, text in texts]), strict=True):
+            parts = [ids] if ids else []
+            if len(ids) > room:
+                if long == "refuse":
+                    raise UserError(
+                        f"{where} has {len(ids) + len(prefix) + 1} tokens, more than the {self.max_length} that "
+                        f"{self.name} takes; shorten it, or give --long split to translate it in pieces"
+                    )
+                parts = self.tokenizer.encode(pieces_of(text, lambda x: len(self.tokenizer.encode([x])[0]) <= room))
+            lines.append(Line(where, tuple((*prefix, *part, self.tokenizer.eos_id) for part in parts)))
+        return lines
+
+    def translate(
+        self,
+        lines: Sequence[Line],
+        search: BeamSearch | Draws,
+        batch_size: int = 64,
+        first_number: int = 0,
+        done: Callable[[int], object] = lambda count: None,
+    ) -> list[list[Candidate]]:
+        """Of every line its translations, the best first; ``done`` is told how many more pieces are done."""
+        tokenizer = self.tokenizer
+        padding = range(tokenizer.num_tokens, self.model.config.vocab_size)
+        found = iter(
+            translate(
+                self.model,
+                self.params,
+                [piece for line in lines for piece in line.pieces],
+                bos_id=tokenizer.bos_id,
+                eos_id=tokenizer.eos_id,
+                search=search,
+                mesh=self.mesh,
+                batch_size=batch_size,
+                first_number=first_number,
+                banned=[*tokenizer.languages.values(), *padding],
+                done=done,
+            )
+        )
+        return [self._joined([next(found) for _ in line.pieces]) for line in lines]
+
+    def _joined(self, pieces: list[list[Hypothesis]]) -> list[Candidate]:
+        """The k-th best translations of all pieces, one after another, for every k."""
+        if not pieces:
+            return [Candidate("", 0.0, True)]
+        return [
+            Candidate(
+                " ".join(self.tokenizer.decode(each.tokens) for each in ranked),
+                sum(each.score for each in ranked),
+                all(each.is_complete for each in ranked),
+            )
+            for ranked in zip(*pieces, strict=False)
+        ]
+
+
+def pieces_of(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """A text in pieces that fit: as many sentences each as go in; where one is too long, words; then characters."""
+    for parts, glue in ((split_sentences(text), " "), (text.split(), " "), (list(text), "")):
+        if len(parts) > 1:
+            return [
+                piece
+                for part in _filled(parts, glue, fits)
+                for piece in ([part] if fits(part) else pieces_of(part, fits))
+            ]
+    return [text]
+
+
+def _filled(parts: list[str], glue: str, fits: Callable[[str], bool]) -> Iterator[str]:
+    """As many parts together as fit, in order; one that does not fit is by itself."""
+    held = parts[0]
+    for part in parts[1:]:
+        if fits(longer := f"{held}{glue}{part}"):
+            held = longer
+        else:
+            yield held
+            held = part
+    yield held
+
+
+def run(command: TranslateCommand) -> None:
+    """Translates what the command says.
+
+    Raises:
+      UserError: the folder, the file or a line of it cannot be used.
+    """
+    if command.input != "-":
+        corpora.stored_bytes([command.input])  # before a model is loaded
+    translator = Translator.load(command.workdir, command.step)
+    prefix = translator.language_prefix(command.target_lang)
+    begun = time.monotonic()
+    if command.output == "-":
+        counts = _translate(command, translator, prefix, sys.stdout)
+        _tell(counts, sys.stderr)
+    else:
+        with replacing(Path(command.output)) as partial, partial.open("w", encoding="utf-8") as file:
+            counts = _translate(command, translator, prefix, file)
+        seconds = time.monotonic() - begun
+        print(f"{command.output}: {counts.lines:,} lines translated with {command.workdir} in {seconds:.1f} s")
+        _tell(counts, sys.stdout)
+
+
+@dataclass
+class _Counts:
+    """Lines that were translated, and those of which something is to be said."""
+
+    lines: int = 0
+    in_pieces: int = 0
+    not_ended: int = 0
+
+
+def _tell(counts: _Counts, stream: IO[str]) -> None:
+    if counts.in_pieces:
+        print(f"{counts.in_pieces:,} lines were longer than the model takes: translated in pieces", file=stream)
+    if counts.not_ended:
+        print(f"{counts.not_ended:,} translations did not end by themselves: broken off at the limit", file=stream)
+
+
+def _translate(command: TranslateCommand, translator: Translator, prefix: tuple[int, ...], output: IO[str]) -> _Counts:
+    """Writes translations: of a file all at once, of standard input of the lines that are there."""
+    counts, number = _Counts(), 0
+    portions = _waiting_lines() if command.input == "-" else [_file_lines(command.input)]
+    for texts in portions:
+        lines = translator.encode(texts, prefix, command.long)
+        for line in lines:
+            if len(line.pieces) > 1:
+                counts.in_pieces += 1
+                print(f"{line.where} is translated in {len(line.pieces)} pieces", file=sys.stderr)
+        total = sum(len(line.pieces) for line in lines)
+        silent = command.output == "-" or command.input == "-"
+        with tqdm(total=total, desc="translating", unit=" sentences", disable=silent or None) as bar:
+            found = translator.translate(lines, command.search, command.batch_size, number, bar.update)
+        for candidates in found:
+            counts.lines += 1
+            counts.not_ended += not candidates[0].is_complete
+            output.write(_shown(candidates, counts.lines, command.n_best))
+        output.flush()
+        number += total
+    return counts
+
+
+def _shown(candidates: list[Candidate], number: int, n_best: int) -> str:
+    if n_best == 1:
+        return f"{candidates[0].text}\n"
+    return "".join(f"{number}\t{each.score:.4f}\t{each.text}\n" for each in candidates)
+
+
+def _file_lines(name: str) -> list[tuple[str, str]]:
+    """(FILE:LINE, text) of every line of a file."""
+    return [(f"{name}:{number}", line.strip()) for number, line in corpora.read_lines(name)]
+
+
+def _waiting_lines() -> Iterator[list[tuple[str, str]]]:
+    """The lines of standard input, as many at a time as are there: a single one of what somebody types."""
+    number, rest, stream = 0, b"", cast(io.BufferedReader, sys.stdin.buffer)
+    while chunk := stream.read1(1 << 16):
+        *whole, rest = (rest + chunk).split(b"\n")
+        if whole:
+            yield [
+                (f"{_STANDARD_INPUT}:{number + place}", _decoded(raw, number + place))
+                for place, raw in enumerate(whole, 1)
+            ]
+            number += len(whole)
+    if rest:
+        yield [(f"{_STANDARD_INPUT}:{number + 1}", _decoded(rest, number + 1))]
+
+
+def _decoded(raw: bytes, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{_STANDARD_INPUT}:{number} is not UTF-8: byte {raw[error.start]:#04x} at position {error.start + 1} of "
+            "the line; convert it, for example with iconv -f LATIN1 -t UTF-8"
+        ) from error
