@@ -79,10 +79,10 @@ def _submit(argv: Sequence[str], name: str, cls: type[C], make_job: Callable[[C,
 
 def _plan(argv: Sequence[str]) -> None:
     from launch.chips import prepare_environment
-    from launch.families import PRESETS, PlanOptions, defaults
+    from launch.families import PRESETS, PlanOptions, command_of, defaults
     from launch.search import plan
 
-    words, rest = cli.take_words(type(defaults(next(iter(PRESETS)))), argv)
+    words, rest = cli.take_words([command_of(name) for name in PRESETS], argv)
     if len(words) != 1 or words[0] not in PRESETS:
         what = f"unknown preset {words[0]!r}{cli.suggest(words[0], PRESETS)}" if len(words) == 1 else "give one preset"
         if not (not words and {"-h", "--help"} & set(argv)):
@@ -90,7 +90,7 @@ def _plan(argv: Sequence[str]) -> None:
     name = words[0] if words else next(iter(PRESETS))
     prog = f"{PROG} plan"
     doc = f"{prog} PRESET --topology v5e:16x16 [options]. {PlanOptions.__doc__} Defaults are those of {name}."
-    command = cli.parse(PRESETS[name].command, rest, f"{prog} {name}", defaults(name), doc)
+    command = cli.parse(command_of(name), rest, f"{prog} {name}", defaults(name), doc)
     prepare_environment(command.topology)
     plan(name, command)
 

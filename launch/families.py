@@ -7,11 +7,14 @@ from typing import Any
 
 import tyro
 
+from bert_flax import presets as bert_presets
 from bert_flax import pretrain
-from bert_flax.config import PretrainConfig
-from bert_flax.presets import PRESETS as BERT_PRESETS
 from core_flax.config import RunConfig
 from core_flax.task import Task
+from lm_flax import presets as lm_presets
+from lm_flax import runs as lm_runs
+from seq2seq_flax import presets as seq2seq_presets
+from seq2seq_flax import task as seq2seq_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,39 +33,42 @@ class PlanOptions:
     """Print all figures as JSON, in bytes, operations and seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BertPlan(PlanOptions, PretrainConfig):
-    """A plan of ``bert-flax pretrain``, at the length of its last steps."""
-
-
 @dataclass(frozen=True)
 class Family:
     """What one family can train.
 
     Attributes:
       presets: name -> function that makes a config.
-      command: options of the plan: its fields are the config's and those of PlanOptions.
       task: config -> task, without data.
       batch: (config, step) -> shapes of the global batch.
     """
 
     presets: Mapping[str, Callable[[], RunConfig]]
-    command: type[PlanOptions]
     task: Callable[[Any], Task]
     batch: Callable[[Any, int], Mapping[str, Any]]
 
 
-FAMILIES = (Family(BERT_PRESETS, BertPlan, pretrain.task_without_data, pretrain.batch_shapes),)
+FAMILIES = (
+    Family(bert_presets.PRESETS, pretrain.task_without_data, pretrain.batch_shapes),
+    Family(lm_presets.PRESETS, lm_runs.task_without_data, lm_runs.batch_shapes),
+    Family(seq2seq_presets.PRESETS, seq2seq_task.task_without_data, seq2seq_task.batch_shapes),
+)
 
 PRESETS: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.presets}
 
 
+def command_of(name: str) -> type[PlanOptions]:
+    """The options of a plan of a preset: its config's and those of PlanOptions."""
+    config = type(PRESETS[name].presets[name]())
+    namespace = {"__doc__": config.__doc__}
+    return dataclasses.make_dataclass("Plan", [], bases=(PlanOptions, config), namespace=namespace, frozen=True)
+
+
 def defaults(name: str) -> Any:
     """The options of a plan with a preset's settings; the topology has no default."""
-    family = PRESETS[name]
-    config = family.presets[name]()
+    config = PRESETS[name].presets[name]()
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return family.command(**values, topology=tyro.MISSING)
+    return command_of(name)(**values, topology=tyro.MISSING)
 
 
 def settings(name: str, command: Any, is_cpu: bool) -> Any:
@@ -76,6 +82,6 @@ def settings(name: str, command: Any, is_cpu: bool) -> Any:
     if not is_cpu:
         if train.compute_dtype == "auto":
             train = dataclasses.replace(train, compute_dtype="bfloat16")
-        if model.unroll is None:
+        if getattr(model, "unroll", 1) is None:  # recurrent models have no such setting
             model = dataclasses.replace(model, unroll=1)
     return dataclasses.replace(config, train=train, model=model)

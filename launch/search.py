@@ -44,7 +44,7 @@ def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> s
     if config.mesh.fsdp < len(topology.devices):
         remedies.append(f"--mesh.fsdp {min(len(topology.devices), max(2, 4 * config.mesh.fsdp))}")
     remedies.append(f"--train.num-microbatches {2 * config.train.num_microbatches}")
-    if config.model.remat != "block":
+    if _has_remat(config) and config.model.remat != "block":
         remedies.append("--model.remat block")
     remedies.append("a smaller --batch")
     return f"out of memory: the step needs {size} on a device{has}; try {', '.join(remedies)}, or --search"
@@ -53,8 +53,9 @@ def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> s
 def candidates(config: Any, num_devices: int) -> Iterator[Any]:
     """Settings to try, those that need the fewest collectives and the least work first."""
     fsdps = [ways for ways in _powers(num_devices) if ways in (1, 4, 16, 64, 256) or ways == num_devices]
+    remats = dict.fromkeys((config.model.remat, "none", "elementwise", "block")) if _has_remat(config) else (None,)
     for tensor in (1, 2, 4, 8):
-        for remat in dict.fromkeys((config.model.remat, "none", "elementwise", "block")):
+        for remat in remats:
             for microbatches in (1, 2, 4, 8):
                 for fsdp in fsdps:
                     if fsdp * tensor <= num_devices:
@@ -62,8 +63,12 @@ def candidates(config: Any, num_devices: int) -> Iterator[Any]:
                             config,
                             mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=tensor),
                             train=dataclasses.replace(config.train, num_microbatches=microbatches),
-                            model=dataclasses.replace(config.model, remat=remat),
+                            model=dataclasses.replace(config.model, remat=remat) if remat else config.model,
                         )
+
+
+def _has_remat(config: Any) -> bool:
+    return hasattr(config.model, "remat")  # recurrent models keep what they keep
 
 
 def _powers(number: int) -> list[int]:
@@ -85,7 +90,7 @@ def _search(make: Any, config: Any, topology: chips.Topology, command: Any) -> N
             continue
         tried += 1
         if found.fits is not False:
-            plans.append((candidate.model.remat, found))
+            plans.append((candidate.model.remat if _has_remat(candidate) else "-", found))
     if not plans:
         raise UserError(
             f"none of {tried} settings tried fits; try a larger topology, a smaller --batch or more --compilations"

@@ -115,6 +115,20 @@ def make_task(config: Any, train: TokenStore, held_out: TokenStore | None, end_i
     return task.make_task(config, train, held_out, end_id)
 
 
+def task_without_data(config: AnyRun) -> Task:
+    """All of the task that settings alone decide: enough to compile its step for the shapes of ``batch_shapes``."""
+    if isinstance(config, Word2VecRun):
+        return word2vec_task.task_without_data(config)
+    return task.task_without_data(config)
+
+
+def batch_shapes(config: AnyRun, step: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch of a step."""
+    if isinstance(config, Word2VecRun):
+        return word2vec_task.batch_shapes(config, step)
+    return task.batch_shapes(config, step)
+
+
 def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> None:
     """Start the run, or resume it; at its end print held-out figures and what the settings ask for as a sample.
 

@@ -1,5 +1,6 @@
 """The translation task: cross-entropy with label smoothing, each target token of the global batch weighing the same."""
 
+import dataclasses
 from collections.abc import Generator, Iterator
 
 import jax
@@ -32,12 +33,8 @@ def make_task(
       tokenizer: that of both.
       row_multiple: what the rows of a batch must divide by: devices that share it times microbatches.
     """
-    model = make_model(config.model, compute_dtype(config.train.compute_dtype))
     num_rows = config.train.batch_size
     pairs = PairBatches(train, config.inputs, num_rows, tokenizer.bos_id, row_multiple)
-
-    def loss_sums(params: Params, batch: Batch, key: Array | None) -> tuple[Sums, MetricSums]:
-        return translation_sums(model, params, batch, key, config.inputs.label_smoothing)
 
     def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
         def make_batch(step: int) -> Batch:
@@ -50,9 +47,35 @@ def make_task(
 
     evaluators = {}
     if held_out is not None:
-        evaluators["held_out"] = make_evaluator(config, model, held_out, tokenizer)
+        evaluators["held_out"] = make_evaluator(config, _model(config), held_out, tokenizer)
     source_tokens, target_tokens = pairs.mean_tokens()
     flops = num_rows * flops_per_row(config.model, *pairs.capacity)
+    return dataclasses.replace(
+        task_without_data(config),
+        batches=batches,
+        evaluators=evaluators,
+        cost=lambda step: Cost(tokens=round(source_tokens + target_tokens), flops=flops),
+    )
+
+
+def _model(config: AnyTranslateConfig) -> Model:
+    return make_model(config.model, compute_dtype(config.train.compute_dtype))
+
+
+def task_without_data(config: AnyTranslateConfig) -> Task:
+    """All of the task that settings alone decide: enough to compile its step for the shapes of ``batch_shapes``.
+
+    Its cost is that of rows that are full on both sides.
+    """
+    model, num_rows, length = _model(config), config.train.batch_size, config.inputs.row_length
+    cost = Cost(tokens=num_rows * 2 * length, flops=num_rows * flops_per_row(config.model, length, length))
+
+    def loss_sums(params: Params, batch: Batch, key: Array | None) -> tuple[Sums, MetricSums]:
+        return translation_sums(model, params, batch, key, config.inputs.label_smoothing)
+
+    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+        raise AssertionError("a task without data has no batches")
+
     return Task(
         init=lambda key: init_params(model, key),
         loss_weights=loss_weights,
@@ -60,9 +83,16 @@ def make_task(
         batches=batches,
         param_rules=param_rules(config.model),
         axis_fields=axis_fields(config.model),
-        evaluators=evaluators,
-        cost=lambda step: Cost(tokens=round(source_tokens + target_tokens), flops=flops),
+        cost=lambda step: cost,
     )
+
+
+def batch_shapes(config: AnyTranslateConfig, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch of a step (``PairBatches``) whose sources have as many tokens as their targets."""
+    del step  # all but a few have the same
+    shape = jax.ShapeDtypeStruct((config.train.batch_size, config.inputs.row_length), "int32")
+    source, target = ("tokens", "positions", "sequences"), ("inputs", "labels", "positions", "sequences")
+    return {**{f"source_{name}": shape for name in source}, **{f"target_{name}": shape for name in target}}
 
 
 def init_params(model: Model, key: Array) -> Params:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from bert_flax.config import BertConfig, InputsConfig, PretrainConfig
 from bert_flax.model import flops_per_example
 from bert_flax.pretrain import batch_shapes, task_without_data
+from core_flax import cli
 from core_flax.config import MeshConfig, OptimizerConfig, TrainConfig
 from core_flax.types import UserError
 from launch.chips import CHIPS, GIB, Chip, Topology, parse_topology
-from launch.families import PRESETS
+from launch.families import PRESETS, command_of, defaults, settings
 from launch.hlo import Collective, Work, _convolution_flops, read_work
 from launch.plan import _roofline, collective_seconds, make_plan, needed_bytes
 from launch.search import candidates
+from lm_flax import runs as lm_runs
+from seq2seq_flax.batches import PairBatches
 
 N, B, D, WAYS = 20, 16, 32, 4
 CONFIG = PretrainConfig(
@@ -125,8 +129,11 @@ def test_batches_have_the_shapes_of_those_that_are_made(data):
 
     vocabulary = WordPiece.load(data / "vocab.txt")
     made = next(make_task(CONFIG, PassageStore(data, "train"), None, vocabulary).batches(0, range(8)))
-    told = {name: (x.shape, x.dtype) for name, x in batch_shapes(CONFIG, 0).items()}
-    assert told == {name: (x.shape, x.dtype) for name, x in made.items()}
+    assert shapes_of(batch_shapes(CONFIG, 0)) == shapes_of(made)
+
+
+def shapes_of(batch):
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
 
 
 @pytest.mark.parametrize(
@@ -166,8 +173,71 @@ def test_topologies_are_known(name):
     assert CHIPS[name.split(":")[0]].memory >= 16 * GIB
 
 
-def test_every_bert_preset_can_be_planned_and_searched():
-    assert {"bert_tiny", "bert_base", "bert_large"} <= PRESETS.keys()
+LANGUAGE_MODELS = ("char_small", "llama_150m", "gpt_speedrun", "conv_lm", "lstm_small", "word2vec")
+TRANSFORMERS = ("transformer_tiny", "transformer_modern_tiny")
+ONE_OF_EACH = ("bert_tiny", *LANGUAGE_MODELS, *TRANSFORMERS, "lstm_seq2seq_small", "lstm_attention_small", "gnmt_small")
+
+
+def test_one_of_each_is_one_of_each():
+    kinds = {type(family.presets[name]()) for name, family in PRESETS.items()}
+    assert {type(PRESETS[name].presets[name]()) for name in ONE_OF_EACH} == kinds and len(kinds) == len(ONE_OF_EACH)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_plan_knows_the_batch_that_the_model_reads(name):
+    """Every field of it, and no more; and the options are the preset's with those of a plan."""
+    command = cli.parse(command_of(name), ["--topology", "v5e:4x4", "--batch", "32"], "plan", defaults(name))
+    config = settings(name, command, is_cpu=False)
+    assert type(config) is type(PRESETS[name].presets[name]())
+    assert (config.train.batch_size, config.train.compute_dtype) == (32, "bfloat16")
+    task, batch = PRESETS[name].task(config), PRESETS[name].batch(config, 0)
+    carry = {"carry": jax.eval_shape(task.carry)} if task.carry else {}
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    used = set()
+
+    class Reading(dict):
+        def __getitem__(self, key):
+            used.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key):
+            used.update({key} & self.keys())
+            return super().get(key)
+
+    def loss(params, batch):
+        read = Reading(batch)
+        return task.loss_sums(params, read, None)[0], task.loss_weights(read)
+
+    jax.eval_shape(loss, params, batch | carry)
+    assert used - {"row"} == (batch | carry).keys()
+    assert task.cost(0).tokens >= 32
+
+
+def test_translations_have_the_batches_of_pairs_of_equal_length():
+    config = PRESETS["transformer_tiny"].presets["transformer_tiny"]()
+    lengths = np.full(200, 7)
+    pairs = [(np.arange(7), np.arange(7))] * 200
+
+    class Store:
+        source_lengths = target_lengths = lengths
+        read = staticmethod(lambda numbers: [pairs[number] for number in numbers])
+        __len__ = lambda self: 200  # noqa: E731
+
+    made = PairBatches(Store(), config.inputs, config.train.batch_size, 1).make_batch(0, 0)
+    assert shapes_of(made) == shapes_of(PRESETS["transformer_tiny"].batch(config, 0))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "lstm_small", "word2vec"])
+def test_language_models_have_the_batches_of_a_text_of_documents(name):
+    config = PRESETS[name].presets[name]()
+    if name == "lstm_small":  # which reads on over the ends of documents
+        config = dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, packing="documents"))
+    text = SimpleNamespace(tokens_T=np.arange(2000) % 50, ends=np.array([1200, 2000]), counts_V=np.full(50, 40))
+    made = next(lm_runs.make_task(config, text, None, 49).batches(0, range(config.train.batch_size)))
+    assert shapes_of(made) == shapes_of(PRESETS[name].batch(config, 0))
+
+
+def test_candidates_fill_the_devices():
     tried = list(candidates(CONFIG, 16))
     assert len({dataclasses.astuple(each) for each in tried}) == len(tried)
     assert all(16 % (each.mesh.fsdp * each.mesh.tensor) == 0 for each in tried)
