@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from small_tasks import in_a_hurry
 from tiny_models import CONFIGS, V, model_of, random_params, tokens
 
 from core_flax.config import MeshConfig, TrainConfig
@@ -40,6 +41,12 @@ CONFIG_OF = {
 }
 LETTERS = "".join(chr(200 + number) for number in range(V))
 CHARACTERS = Characters(LETTERS[:-1], has_end=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry():
+    with in_a_hurry():
+        yield
 
 
 def text(*lengths, seed=0):
