@@ -44,7 +44,7 @@ class ParallelText:
 
     def __post_init__(self) -> None:
         """Raises UserError if the names do not give two sides."""
-        if len(self.names) == 1 and (self.names[0].startswith(_TFDS) or self.names[0].endswith(_TABLES)):
+        if len(self.names) == 1 and (self.names[0].startswith(_TFDS) or self.names[0].lower().endswith(_TABLES)):
             return
         if len(self.names) != 2:
             raise UserError(
@@ -52,7 +52,7 @@ class ParallelText:
                 "(FILE.tsv or FILE.tsv.gz) or from tfds:NAME[/CONFIG][:SPLIT]"
             )
         for name in self.names:
-            if name.startswith(_TFDS) or name.endswith(_TABLES):
+            if name.startswith(_TFDS) or name.lower().endswith(_TABLES):
                 raise UserError(f"{name} has both sides of its pairs: give it alone, without another file")
 
     @property

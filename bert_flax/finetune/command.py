@@ -16,10 +16,12 @@ import numpy as np
 
 from bert_flax.finetune.config import FinetuneSettings
 from bert_flax.finetune.data import load_data
+from bert_flax.finetune.inputs import Units
 from bert_flax.finetune.model import architecture, num_outputs
-from bert_flax.finetune.readers import find_labels
+from bert_flax.finetune.readers import TFDS, find_labels
 from bert_flax.finetune.runs import CONFIG, Origin, Result, TaskChoice, best_run, run
 from bert_flax.finetune.score import is_per_cent
+from bert_flax.finetune.tables import shorten
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
@@ -78,22 +80,16 @@ def finetune(name: str, command: FinetuneCommand) -> None:
     Raises:
       UserError: see load_data, load_init and runs.run.
     """
-    if (command.init is None) == (command.init_from_task is None):
-        raise UserError("give either --init FOLDER, a pretrained model, or --init-from-task WORKDIR, a fine-tuned one")
-    if (name == "custom") != bool(command.columns) or (command.regression and name != "custom"):
-        raise UserError(
-            "--columns and --regression go with the task custom: bert-flax finetune custom --columns text=...,label=..."
-        )
-    home = configs.local_folder("--workdir", command.workdir)
-    if (home / CONFIG).exists():
-        raise UserError(f"--workdir {home} is the folder of one run or model; give a folder for the runs of this task")
+    home = _checked_home(name, command)
     join()
     _check_batch_sizes(command)
     labels = find_labels(command.columns, command.data) if name == "custom" and not command.regression else ()
     task = TaskChoice(name, command.columns, labels, command.regression)
     pretrained, init = _pretrained(task.spec, command)
     data = load_data(task.spec, command.data, pretrained.vocabulary, command.inputs)
-    for line in (*_about(pretrained, init), *data.remarks):
+    _check_segments(pretrained, data.train, init)
+    found = [f"custom, labels: {shorten(labels)}"] if labels else []
+    for line in (*_about(pretrained, init), *found, *data.remarks):
         print(line)
     start = partial(
         run, task=task, pretrained=pretrained, data=data, origin=Origin.of(command.data, data, init, pretrained)
@@ -111,11 +107,35 @@ def finetune(name: str, command: FinetuneCommand) -> None:
     print(f"written to {home / RESULTS}")
 
 
+def _checked_home(name: str, command: FinetuneCommand) -> Path:
+    """The workdir. Raises UserError if options do not go together or with the task."""
+    if (command.init is None) == (command.init_from_task is None):
+        raise UserError("give either --init FOLDER, a pretrained model, or --init-from-task WORKDIR, a fine-tuned one")
+    if (name == "custom") != bool(command.columns) or (command.regression and name != "custom"):
+        raise UserError(
+            "--columns and --regression go with the task custom: bert-flax finetune custom --columns text=...,label=..."
+        )
+    if name == "custom" and command.data.startswith(TFDS):
+        raise UserError(f"--data {command.data}: task custom reads tables; give the folder of train and dev files")
+    home = configs.local_folder("--workdir", command.workdir)
+    if (home / CONFIG).exists():
+        raise UserError(f"--workdir {home} is the folder of one run or model; give a folder for the runs of this task")
+    return home
+
+
 def _check_batch_sizes(command: FinetuneCommand) -> None:
     """Raises UserError if the devices do not share a batch evenly: before anything is read."""
     mesh = make_mesh(command.mesh)
     for size in {command.train.batch_size, *(SWEEP_BATCH_SIZES if command.sweep else ())}:
         check_batch_size(size, command.train.num_microbatches, mesh)
+
+
+def _check_segments(pretrained: Pretrained, units: Units, init: str) -> None:
+    """Raises UserError if pairs of texts are to be shown to a model that tells no second one from a first."""
+    if pretrained.config.num_segments < 2 and (units.lengths > units.num_first).any():
+        raise UserError(
+            f"{init} has one segment (type_vocab_size 1), and the task's texts are pairs; take another model"
+        )
 
 
 def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, str]:
@@ -194,7 +214,7 @@ def _sweep(
         figures[name] = result.last[f"dev/{spec.primary}"]
     best = max(figures, key=lambda name: figures[name])
     print(f"{spec.name}: best recipe on the dev set is {best}: {spec.primary} {figures[best]:.2f}")
-    _copy(home / SWEEP / best, home / f"seed-{settings.seed}")
+    first_does(lambda: _copy(home / SWEEP / best, home / f"seed-{settings.seed}"))
     return recipes[best], figures
 
 

@@ -1,5 +1,6 @@
 """A task's data, read and cut into units, and what there is to say about it."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,16 @@ class TaskData:
     train: Units
     held_out: Mapping[str, Labelled]
     remarks: Sequence[str]
+
+    @property
+    def held_out_content(self) -> str:
+        """SHA-256 of what runs are measured on: figures on other examples are not to be compared."""
+        digest = hashlib.sha256()
+        for name, labelled in self.held_out.items():
+            digest.update(f"{name} {len(labelled.examples)}\n".encode())
+            for example in labelled.examples:
+                digest.update(repr(example).encode())
+        return digest.hexdigest()
 
 
 def load_data(spec: TaskSpec, data: str, vocabulary: WordPiece, inputs: FinetuneInputs) -> TaskData:

@@ -59,9 +59,12 @@ def read_text(path: Path) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
+        if raw.startswith(b"\x1f\x8b"):
+            raise UserError(f"{path} is gzipped; unpack it (gunzip)") from error
+        of = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
         raise UserError(
             f"{path}:{line} is not UTF-8: byte {error.object[error.start]:#04x}; convert the file, for example with "
-            "iconv -f LATIN1 -t UTF-8"
+            f"iconv -f {of} -t UTF-8"
         ) from error
     if not text.strip():
         raise UserError(f"{path} is empty")

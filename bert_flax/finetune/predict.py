@@ -81,38 +81,37 @@ def run(command: PredictCommand) -> None:
         raise UserError(f"--null-odds is for squad2, --n-best for squad and squad2; this run is of task {spec.name}")
     if command.text is not None:
         example: Any = _example(spec, command.text, command.text_pair)
-        _show(spec, example, predict_examples(found, Dataset((example,)), command.step))
+        _show(spec, example, predict_examples(found, Dataset((example,)), "--text", command.step))
         return
     assert command.data is not None and command.output is not None
     dataset = read_file(spec, command.data, labelled=False)
-    predictions = predict_examples(found, dataset, command.step, command.data)
-    write(spec, dataset.examples, predictions, _with_folder(command.output))
+    for path in filter(None, (command.output, command.null_odds, command.n_best)):
+        _check_writable(Path(path))
+    predictions = predict_examples(found, dataset, command.data, command.step)
+    write(spec, dataset.examples, predictions, Path(command.output))
     if command.null_odds:
-        with configs.writing(path := _with_folder(command.null_odds)):
+        with configs.writing(path := Path(command.null_odds)):
             spans.write_json(path, spans.null_odds(predictions.answers))
     if command.n_best:
-        with configs.writing(path := _with_folder(command.n_best)):
+        with configs.writing(path := Path(command.n_best)):
             spans.write_json(path, spans.n_best_lists(predictions.answers, spec.unanswerable))
     print(f"{command.output}: {len(dataset.examples):,} predictions of {found.workdir}")
 
 
-def predict_examples(
-    found: FinetuneRun, dataset: Dataset[Any], step: int | None = None, where: str | None = None
-) -> Predictions:
-    """Predictions of a run's model for examples, on all devices.
+def predict_examples(found: FinetuneRun, dataset: Dataset[Any], where: str, step: int | None = None) -> Predictions:
+    """Predictions of a run's model for examples, on all devices. Prints what is to be said of them: texts cut.
 
     Args:
       found: the run.
       dataset: the examples, with labels or without.
+      where: a name for the examples. That there are any is not said of ``--text``.
       step: of the checkpoint; None: the best one.
-      where: a name for the examples: what is to be said of them is then printed.
     """
     spec, config = found.task.spec, found.config
     units = encode(spec, dataset.examples, found.vocabulary, config.inputs, labelled=False)
     units.labels = []
-    if where:
-        for line in remarks_on(where, dataset, units, config.inputs):
-            print(line)
+    for line in remarks_on(where, dataset, units, config.inputs)[where == "--text" :]:
+        print(line)
     mesh = make_mesh(MeshConfig())
     model = make_model(spec, config.model, compute_dtype(config.train.compute_dtype))
     evaluator = make_evaluator(config, spec, model, Labelled(dataset.examples, units), ways_of_batch(mesh))
@@ -134,10 +133,14 @@ def _null_threshold(found: FinetuneRun, step: int) -> float:
     return by_step[step][NULL_THRESHOLD]
 
 
-def _with_folder(path: str) -> Path:
-    """The path of a file to write, in a folder that is there."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)
+def _check_writable(path: Path) -> None:
+    """Raises UserError if a file cannot be written: before hours are spent on what it is to hold."""
+    with configs.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        was_there = path.exists()
+        path.open("a").close()
+        if not was_there:
+            path.unlink()
 
 
 def _example(spec: TaskSpec, text: str, pair: str | None) -> TextExample | QuestionExample | TaggedExample:
@@ -196,9 +199,11 @@ def write(spec: TaskSpec, examples: Sequence[Any], found: Predictions, path: Pat
 
 
 def _columns(examples: Sequence[TaggedExample], tags: Sequence[Sequence[str]]) -> str:
+    """Words and tags. Where each sentence is a document of its own, the file had no line that begins one."""
+    has_documents = len({example.document for example in examples}) < len(examples)
     lines, document = [], None
     for example, tagged in zip(examples, tags, strict=True):
-        if example.document != document:
+        if has_documents and example.document != document:
             lines += [f"{DOCUMENT_START} O", ""]
             document = example.document
         lines += [f"{word} {tag}" for word, tag in zip(example.words, tagged, strict=True)]

@@ -54,19 +54,23 @@ class TaskChoice:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run's data and model are from, as the user wrote it, and fingerprints of what was found there."""
+    """Where a run's data and model are from, as the user wrote it, and fingerprints of what was found there.
+
+    ``held_out_content`` is "" in runs of before it was noted.
+    """
 
     data: str
     data_content: str
     init: str
     init_content: str
+    held_out_content: str = ""
 
     @classmethod
     def of(cls, data: str, found: TaskData, init: str, pretrained: Pretrained) -> "Origin":
         """With the fingerprints of these."""
         arrays = fingerprints(dict(leaves(pretrained.params)))
         init_content = hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
-        return cls(data, found.train.content, init, init_content)
+        return cls(data, found.train.content, init, init_content, found.held_out_content)
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,8 @@ def _check_resumable(old: FinetuneRun, new: FinetuneRun) -> None:
     changed = configs.differences(old.config, new.config)
     if old.task != new.task:
         changed.append(f"task: {old.task} -> {new.task}")
+    if old.origin.held_out_content not in ("", new.origin.held_out_content):
+        changed.append(f"dev data: {Path(new.origin.data).absolute()} has changed")
     for name in ("data", "init"):
         if getattr(old.origin, f"{name}_content") != getattr(new.origin, f"{name}_content"):
             paths = [str(Path(getattr(run.origin, name)).absolute()) for run in (old, new)]

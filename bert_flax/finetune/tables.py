@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from bert_flax.finetune.examples import ChoiceExample, Dataset, TextExample
 from bert_flax.finetune.files import read_text
 from bert_flax.finetune.tasks import TaskSpec
 from core_flax.types import UserError
+
+SHOWN_CHARACTERS = 60
+"""Of a field that is none of what it should be: a file of another kind may have it as long as the file."""
 
 Row = tuple[int, list[str]]
 """The line of the file that a row begins in, from 1, and its fields."""
@@ -29,7 +32,8 @@ class Table:
         """The number of a column. Raises UserError if there is none, or more than one, of this name."""
         if self.names.count(name) != 1:
             how_many = "has two columns" if name in self.names else "has no column"
-            raise UserError(f"{self.path} {how_many} {name!r}; its columns are {', '.join(map(repr, self.names))}")
+            columns = shorten([repr(each[:SHOWN_CHARACTERS]) for each in self.names])
+            raise UserError(f"{self.path} {how_many} {name!r}; its columns are {columns}")
         return self.names.index(name)
 
     def torn(self, line: int, fields: list[str]) -> str | None:
@@ -47,7 +51,7 @@ def open_table(path: Path, text: str, headerless: tuple[str, ...] = ()) -> Table
         text: a column that a header would name.
         headerless: names of the columns if the first row does not hold ``text``.
     """
-    rows = _read_csv(path) if path.suffix == ".csv" else _read_tsv(path)
+    rows = _read_csv(path) if path.suffix.lower() == ".csv" else _read_tsv(path)
     first = next(rows)
     if text in first[1] or not headerless:
         return Table(path, tuple(first[1]), rows)
@@ -130,11 +134,18 @@ def read_labels(spec: TaskSpec, path: Path) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
+def shorten(names: Sequence[str], shown: int = 20) -> str:
+    """The first of many names and the number of the others, for a message."""
+    others = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {others:,} more" if others > 0 else "")
+
+
 def parse_label(spec: TaskSpec, label: str, where: str) -> int | float:
     """Place of a label in the task's, or the score. Raises UserError if it is not the task's."""
     if spec.kind != "regression":
         if label not in spec.labels:
-            raise UserError(f"{where}: {label!r} is no label of task {spec.name}, which has {', '.join(spec.labels)}")
+            shown = repr(label[:SHOWN_CHARACTERS])
+            raise UserError(f"{where}: {shown} is no label of task {spec.name}, which has {shorten(spec.labels)}")
         return spec.labels.index(label)
     least, greatest = spec.score_range or (-math.inf, math.inf)
     try:
@@ -143,7 +154,8 @@ def parse_label(spec: TaskSpec, label: str, where: str) -> int | float:
         score = math.nan
     if not (math.isfinite(score) and least <= score <= greatest):
         between = f" from {least:g} to {greatest:g}" if spec.score_range else ""
-        raise UserError(f"{where}: {label!r} is no score of task {spec.name}; it takes numbers{between}")
+        shown = repr(label[:SHOWN_CHARACTERS])
+        raise UserError(f"{where}: {shown} is no score of task {spec.name}; it takes numbers{between}")
     return score
 
 

@@ -247,7 +247,7 @@ def _open(name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     path = _existing(name)
     try:
         with path.open("rb") as stored:
-            if path.suffix == ".gz":
+            if path.suffix.lower() == ".gz":
                 with gzip.open(stored, "rb") as stream:
                     yield stored, cast(IO[bytes], stream)
             else:
@@ -274,7 +274,7 @@ def _size(name: str) -> int | None:
 
 
 def _is_jsonl(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(".jsonl")
+    return name.lower().removesuffix(".gz").endswith(".jsonl")
 
 
 def _compile(document_start: str | None) -> re.Pattern[str] | None:

@@ -63,12 +63,15 @@ def test_a_matching_line_starts_a_document(tmp_path):
 def test_jsonl_and_gzip(tmp_path, pack):
     lines = [{"text": "One.\n\nTwo."}, {"text": "", "id": 3}, {"title": "x", "text": "Grüße 今日"}]
     data = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
-    jsonl = write(tmp_path / ("a.jsonl" + ".gz" * (pack is not bytes)), pack(data.encode()))
-    plain = write(tmp_path / ("b.txt" + ".gz" * (pack is not bytes)), pack(TEXT.encode()))
-    parts = list(read_parts([jsonl, plain]))
-    assert documents(parts)[:2] == ["One.\n\nTwo.", "Grüße 今日"]
-    assert len(documents(parts)) == 5
-    assert [part.where for part in parts[:3]] == [f"{jsonl}:1", f"{jsonl}:3", f"{plain}:3"]
+    for names in (("a.jsonl", "b.txt"), ("a.JSONL", "b.TXT")):
+        ending = ".gz" * (pack is not bytes)
+        ending = ending.upper() if names[0].endswith("JSONL") else ending
+        jsonl = write(tmp_path / (names[0] + ending), pack(data.encode()))
+        plain = write(tmp_path / (names[1] + ending), pack(TEXT.encode()))
+        parts = list(read_parts([jsonl, plain]))
+        assert documents(parts)[:2] == ["One.\n\nTwo.", "Grüße 今日"]
+        assert len(documents(parts)) == 5
+        assert [part.where for part in parts[:3]] == [f"{jsonl}:1", f"{jsonl}:3", f"{plain}:3"]
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path):

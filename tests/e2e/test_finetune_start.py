@@ -97,6 +97,7 @@ def test_a_table_with_tabs_and_labels_of_its_own(started, model, tmp_path):
     given = {"init": model, "columns": "text=said,label=kind,id=n"}
     printed = right(here(*arguments("custom", tmp_path, tmp_path / "run", **given)))
     assert "custom, train: 3 examples" in printed and "custom, dev: 1 examples" in printed
+    assert "custom, labels: maybe, no, yes" in printed.splitlines()
     assert started[0][1].spec.labels == ("maybe", "no", "yes")
     small_tasks.tsv(tmp_path / "validation.tsv", ("n", "kind", "said"), (4, "never", "a"))
     assert "validation.tsv:2: 'never' is no label of task custom" in refused(
@@ -173,6 +174,9 @@ def test_tasks_that_cannot_be(model, glue, tmp_path):
     )
     assert "go with the task custom" in refused(*arguments("mrpc", glue, tmp_path, "--regression", init=model))
     assert "go with the task custom" in refused(*arguments("custom", glue, tmp_path, init=model))
+    assert "--data tfds:imdb: task custom reads tables; give the folder" in refused(
+        *arguments("custom", "tfds:imdb", tmp_path, init=model, columns="text=text,label=label")
+    )
     assert "names no label" in refused(*arguments("custom", glue, tmp_path, init=model, columns="text=a"))
     assert "holds no task of GLUE" in refused(*arguments("glue", tmp_path / "x", tmp_path, init=model))
     assert "RTE is the folder of task rte" in refused(*arguments("mrpc", glue / "RTE", tmp_path, init=model))

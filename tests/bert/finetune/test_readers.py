@@ -1,5 +1,6 @@
 """What a user can get wrong in official files, and TensorFlow Datasets in their place."""
 
+import gzip
 import itertools
 import json
 import subprocess
@@ -43,6 +44,11 @@ PAIR = ("index", "sentence1", "sentence2", "label")
             "FILE:3 has 1 fields",
         ),
         (RTE, (table(PAIR) + table((0, "Süd", "b", "entailment"))).encode("latin-1"), "FILE:2 is not UTF-8: byte 0xfc"),
+        (RTE, table(PAIR).encode("utf-16"), "convert the file, for example with iconv -f UTF-16 -t UTF-8"),
+        (RTE, gzip.compress(table(PAIR).encode()), "FILE is gzipped; unpack it (gunzip)"),
+        (RTE, "x" * 10**6, f"FILE has no column 'sentence1'; its columns are '{'x' * 60}'"),
+        (RTE, table(range(99)), "its columns are '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', '10', '11', '12', "),
+        (RTE, table(PAIR, (0, "a", "b", "x" * 999)), f"FILE:2: '{'x' * 60}' is no label of task rte, which has "),
         (
             COLA,
             table(("xy01", "1", "", "a"), ("xy01", "2", "", "b")),
@@ -76,7 +82,7 @@ def test_bad_files(tmp_path, spec, content, message):
     with pytest.raises(UserError) as error:
         read_file(spec, path, labelled=True)
     assert message.replace("FILE", str(path)) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_bad_places(tmp_path):

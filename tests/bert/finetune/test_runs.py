@@ -7,10 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bert_flax.finetune.command import _head, summarize, table
+from bert_flax.finetune.command import _check_segments, _head, summarize, table
 from bert_flax.finetune.config import FinetuneInputs, FinetuneSettings, resolve, settings_of
+from bert_flax.finetune.data import TaskData, encode
+from bert_flax.finetune.examples import TextExample
 from bert_flax.finetune.predictions import _between
-from bert_flax.finetune.runs import FinetuneRun, Origin, Result, TaskChoice, _result, best_run, figures_by_step
+from bert_flax.finetune.runs import (
+    FinetuneRun,
+    Origin,
+    Result,
+    TaskChoice,
+    _check_resumable,
+    _result,
+    best_run,
+    figures_by_step,
+)
+from bert_flax.finetune.task import Labelled
 from bert_flax.finetune.tasks import TASKS
 from bert_flax.huggingface import Pretrained, Report, TaskHead
 from bert_flax.model import BertConfig
@@ -158,6 +170,44 @@ def test_means_over_seeds():
     assert head.split() == ["ner,", "2", "seeds,", "4", "s", "each", "last", "epoch", "best", "epoch"]
     assert first.split() == ["dev/f1", "72.00", "±", "2.83", "80.00", "±", "0.00", "*"]
     assert second.split() == ["dev/f1_LOC", "0.00", "-"]
+
+
+def test_a_run_goes_on_with_the_data_that_it_was_measured_on(tmp_path):
+    """The training data may be the same; runs of before this was noted are not asked."""
+    examples = [TextExample("0", "a", None, 1), TextExample("1", "b", None, 0)]
+    vocabulary, settings = VOCABULARY, FinetuneInputs()
+    units = encode(TASKS["sst2"], examples, vocabulary, settings, labelled=True)
+
+    def origin(*dev):
+        data = TaskData(units, {"dev": Labelled(dev, units)}, ())
+        return Origin("data", "0", "init", "1", data.held_out_content)
+
+    first = make_run(tmp_path, "sst2", {2: {"dev/accuracy": 50.0}}, saved=[2])
+    for noted, now, is_refused in (
+        (origin(*examples), origin(*examples), False),
+        (origin(*examples), origin(*examples[::-1]), True),
+        (origin(*examples), origin(examples[0], dataclasses.replace(examples[1], label=1)), True),
+        (Origin("data", "0", "init", "1"), origin(*examples), False),
+    ):
+        dataclasses.replace(first, origin=noted).save()
+        new = dataclasses.replace(first, origin=now)
+        if not is_refused:
+            _check_resumable(FinetuneRun.load(tmp_path), new)
+            continue
+        with pytest.raises(UserError, match=r"which these cannot continue: dev data: .*data has changed; give"):
+            _check_resumable(FinetuneRun.load(tmp_path), new)
+
+
+def test_pairs_need_two_segments():
+    inputs, one = FinetuneInputs(), Pretrained(dataclasses.replace(MODEL, num_segments=1), {}, VOCABULARY, Report(()))
+    for task, pair, is_refused in (("sst2", None, False), ("rte", "b", True), ("rte", "", True)):
+        units = encode(TASKS[task], [TextExample("0", "a", pair, 0)], VOCABULARY, inputs, labelled=True)
+        _check_segments(dataclasses.replace(one, config=MODEL), units, "model")
+        if not is_refused:
+            _check_segments(one, units, "model")
+            continue
+        with pytest.raises(UserError, match=r"model has one segment .*, and the task's texts are pairs"):
+            _check_segments(one, units, "model")
 
 
 # Heads

@@ -172,6 +172,8 @@ def test_swag_is_quoted(tmp_path):
     write(tmp_path / "test.csv", swag([row], label=()))
     assert tuples(read(SWAG, tmp_path, "dev")) == [("17", "He stands.", "She", endings, 2)]
     assert tuples(read(SWAG, tmp_path, "test")) == [("17", "He stands.", "She", endings, None)]
+    (tmp_path / "test.csv").rename(tmp_path / "TEST.CSV")
+    assert len(read_file(SWAG, tmp_path / "TEST.CSV", labelled=False).examples) == 1
 
 
 def test_swag_rows_are_told_by_their_first_line(tmp_path):
