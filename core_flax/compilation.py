@@ -18,11 +18,13 @@ def keep_compiled_programs() -> None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(home, "flax-pretraining", "compiled", _processor())
+    if not folder.is_absolute():  # by the standard of these folders it does not count
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    if folder.is_absolute() and os.access(folder, os.W_OK):
+    if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from core_flax.config import replacing
 from core_flax.torch_files import read_torch
 from core_flax.types import UserError
 
@@ -75,11 +76,18 @@ def read_weights(folder: Path) -> Weights:
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write one safetensors file in the form that transformers expects. A file that is there is replaced, whole."""
-    partial = path.with_name(path.name + ".tmp")
+    """Write one safetensors file in the form that transformers expects. A file that is there is replaced, whole.
+
+    Raises:
+      UserError: the disk is full, or does not let us write there.
+    """
     # The writer takes an array's memory as it lies: a transposed one would come out scrambled.
-    save_file({name: np.array(x, order="C") for name, x in arrays.items()}, partial, metadata={"format": "pt"})
-    partial.replace(path)
+    contiguous = {name: np.array(x, order="C") for name, x in arrays.items()}
+    with replacing(path) as partial:
+        try:
+            save_file(contiguous, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # which says of a full disk that it cannot serialize
+            raise UserError(f"{path} could not be written: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

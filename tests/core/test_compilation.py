@@ -84,6 +84,13 @@ def test_the_user_decides_where(cache, monkeypatch):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
+def test_a_cache_folder_that_is_not_absolute_does_not_count(cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ and list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_made_is_done_without(cache):
     cache.write_text("a file")
     keep_compiled_programs()

@@ -346,6 +346,11 @@ def test_no_weights(tmp_path):
         read_weights(tmp_path / "missing")
 
 
+def test_what_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=r"absent/model\.safetensors could not be written: .*No such file"):
+        write_safetensors(tmp_path / "absent" / "model.safetensors", {"x": X})
+
+
 def test_written_as_it_is_whatever_lies_in_memory(tmp_path):
     """Bytes are read here by the format's description: values in rows, the names' own spans."""
     arrays = {"transposed": X.reshape(2, 3).T, "every other": X[::2], "scalar": np.array(3, np.float32)}
