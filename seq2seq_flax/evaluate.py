@@ -248,9 +248,9 @@ def print_numbers(run: Run[Any], tokenizer: SentencePiece, search: BeamSearch, s
     if files is None:
         return
     sources, references = _read(*map(str, files), may_be_empty=False)
-    for name, each in (("greedy", BeamSearch(beam_size=1)), (f"beam {search.beam_size}", search)):
-        texts = translate_texts(run, tokenizer, sources, each, step=step)
-        right = sum(text == reference for text, reference in zip(texts, references, strict=True))
-        print(f"exact match, {name}: {right / len(texts):.1%} of {len(texts)} numbers that were not trained on")
+    texts = translate_texts(run, tokenizer, sources, search, step=step)
+    right = sum(text == reference for text, reference in zip(texts, references, strict=True))
+    how = "greedy" if search.beam_size == 1 else f"beam {search.beam_size}"
+    print(f"exact match, {how}: {right / len(texts):.1%} of {len(texts)} numbers that were not trained on")
     for source, text, reference in list(zip(sources, texts, references, strict=True))[:5]:
         print(f"  {source}\n    -> {text}{'' if text == reference else f'   (right: {reference})'}")
