@@ -85,6 +85,22 @@ def transformer_tiny() -> TranslateConfig:
     )
 
 
+def multilingual() -> TranslateConfig:
+    """4 + 4 layers, 256 wide, 4 heads: several languages in one model, for some 100,000 pairs of all together.
+
+    As in Johnson et al. 2016 (arXiv 1611.04558), nothing of the model is a language's own: prepare --pair, given for
+    each pair of languages, begins every source with a piece that names the language wanted.
+    """
+    return TranslateConfig(
+        model=TransformerConfig(vocab_size=16_000, num_layers=4, width=256, num_heads=4, mlp_width=512, dropout=0.2),
+        inputs=InputsConfig(row_length=128, label_smoothing=0.1),
+        optimizer=OptimizerConfig(learning_rate=0.002, weight_decay=0.0, clip_norm=None, beta2=0.98),
+        schedule=ScheduleConfig(name="inverse_sqrt", warmup_steps=1000),
+        train=TrainConfig(num_steps=6000, batch_size=32, eval_every_steps=500),
+        checkpoint=CheckpointConfig(every_steps=200, keep_last=10),
+    )
+
+
 def _as_modern(recipe: TranslateConfig, model: ModernConfig) -> ModernTranslateConfig:
     """A Transformer's recipe for a modern one."""
     shared = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(TranslateSettings)}
@@ -190,6 +206,7 @@ PRESETS: dict[str, Callable[[], AnyTranslateConfig]] = {
         transformer_tiny,
         transformer_base,
         transformer_big,
+        multilingual,
         transformer_modern,
         transformer_modern_tiny,
         lstm_seq2seq,
