@@ -93,7 +93,9 @@ class PairExamples:
 
     def __init__(self, store: PassageStore, vocabulary: WordPiece, config: InputsConfig, seed: int, batch_size: int):
         if store.manifest.fingerprint != vocabulary.fingerprint:
-            raise UserError(f"data folder {store.directory} was made with another tokenizer; run prepare again")
+            raise UserError(
+                f"data folder {store.directory} was made with another tokenizer; run prepare again with --overwrite"
+            )
         if store.info.documents < 2:
             raise UserError(
                 f"data folder {store.directory} has {store.info.documents} documents in its split {store.split!r}; "

@@ -4,7 +4,6 @@ import dataclasses
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from bert_flax import vocabulary_sample
 from core_flax.config import check_range, local_folder
-from core_flax.data import corpora, records
+from core_flax.data import corpora, folder, records
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
 from core_flax.lock import only_writer
@@ -29,7 +28,6 @@ from core_flax.types import UserError
 
 _BLOCK_CHARACTERS = 4 << 20
 _ENCODE_SENTENCES = 1024
-_LOCK = "prepare.lock"
 _OWN_FILES = re.compile(
     r"(train|valid)-\d{5}(-of-\d{5})?\.arrayrecord(\.partial)?|(train|valid)\.(index|unigram)\.(npy|partial)|"
     r"vocab\.txt|manifest\.json(\.partial)?|prepare\.lock"
@@ -101,7 +99,7 @@ def prepare(config: PrepareConfig) -> records.Manifest:
     directory = local_folder("--output", config.output)
     vocabulary = _check(config)
     settings = _settings(config, vocabulary)
-    if (directory / records.MANIFEST).exists():
+    if (directory / folder.MANIFEST).exists():
         return _replace(config) if config.overwrite else _already_prepared(directory, settings)
     with _sigterm_raises(), _own_folder(config):
         try:
@@ -114,19 +112,10 @@ def prepare(config: PrepareConfig) -> records.Manifest:
 
 
 def _replace(config: PrepareConfig) -> records.Manifest:
-    """Prepare beside the complete folder and put the new one in its place: bad input loses nothing."""
     directory = Path(config.output)
-    new, old = (directory.with_name(f"{directory.name}.{which}") for which in ("new", "old"))
-    for folder in filter(Path.exists, (directory, old)):
-        _refuse_others(config, folder)
-    (new / records.MANIFEST).unlink(missing_ok=True)  # of a run that was interrupted before it could move it
-    manifest = prepare(dataclasses.replace(config, output=str(new), overwrite=False))
-    if old.exists():
-        shutil.rmtree(old)
-    directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old)
-    return manifest
+    for each in filter(Path.exists, (directory, directory.with_name(f"{directory.name}.old"))):
+        _refuse_others(config, each)
+    return folder.replace(directory, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False)))
 
 
 def _check(config: PrepareConfig) -> WordPiece | None:
@@ -208,7 +197,7 @@ def _own_folder(config: PrepareConfig) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
     refusal = f"another prepare is writing to {directory}; wait for it or take another folder"
-    with only_writer(directory / _LOCK, refusal):
+    with only_writer(directory / folder.LOCK, refusal):
         _clear(directory)
         try:
             yield
@@ -231,9 +220,9 @@ def _refuse_others(config: PrepareConfig, directory: Path) -> None:
 
 
 def _clear(directory: Path) -> None:
-    (directory / records.MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
+    (directory / folder.MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
     for path in directory.iterdir():
-        if path.name != _LOCK:
+        if path.name != folder.LOCK:
             path.unlink()
 
 
@@ -293,7 +282,7 @@ class _Encoder:
             )
         if len(sentences) == 1 and self.single == "drop":
             return []
-        return records.pack_passages(sentences, records.token_type(self.vocabulary.num_tokens))
+        return records.pack_passages(sentences, folder.token_type(self.vocabulary.num_tokens))
 
 
 def _blocks(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -352,7 +341,7 @@ def _encode(
     if num_documents < 4 and config.valid_fraction > 0:
         raise UserError(f"{num_documents} documents are too few to hold two out; give more, or --valid-fraction 0")
     files = {name: about for _, files in finished.values() for name, about in files.items()}
-    files[records.VOCAB] = records.describe_file(directory / records.VOCAB)
+    files[records.VOCAB] = folder.describe_file(directory / records.VOCAB)
     manifest = records.Manifest(
         fingerprint=vocabulary.fingerprint,
         num_tokens=vocabulary.num_tokens,

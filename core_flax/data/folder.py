@@ -48,12 +48,12 @@ def write_manifest(directory: Path, values: Mapping[str, Any]) -> None:
     partial.replace(directory / MANIFEST)
 
 
-def read_manifest(directory: str | Path, kind: str, format: int, make: Callable[[dict[str, Any]], T]) -> T:
+def read_manifest(directory: str | Path, kind: str | None, format: int, make: Callable[[dict[str, Any]], T]) -> T:
     """Read manifest.json.
 
     Args:
       directory: the folder.
-      kind: what its field "kind" must be.
+      kind: what its field "kind" must be; None: it has none, as those of BERT's folders.
       format: what its field "format" must be.
       make: makes of its values what is returned.
 
@@ -63,16 +63,17 @@ def read_manifest(directory: str | Path, kind: str, format: int, make: Callable[
     path = Path(directory) / MANIFEST
     if not path.is_file():
         state = "not complete" if path.parent.is_dir() else "missing"
-        raise UserError(f"data folder {directory} is {state} (no {MANIFEST}); run prepare again")
+        raise UserError(f"data folder {directory} is {state} (no {MANIFEST}); make it with prepare")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored.get("kind") != kind:
-            raise UserError(f"{directory} holds data of kind {stored.get('kind')!r}, not {kind!r}; give another folder")
+            wanted = f", not {kind!r}" if kind else ""
+            raise UserError(f"{directory} holds data of kind {stored.get('kind')!r}{wanted}; give another folder")
         if stored["format"] != format:
-            raise UserError(f"{path} has format {stored['format']}, not {format}; run prepare again")
+            raise UserError(f"{path} has format {stored['format']}, not {format}; run prepare again with --overwrite")
         return make(stored)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); run prepare again") from error
+        raise UserError(f"{path} is damaged ({error}); run prepare again with --overwrite") from error
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import random
 import numpy as np
 
 from core_flax.data import records
-from core_flax.data.records import Manifest, SplitWriter, pack_passages, token_type
+from core_flax.data.folder import describe_file, token_type
+from core_flax.data.records import Manifest, SplitWriter, pack_passages
 from core_flax.text.wordpiece import SPECIALS, WordPiece
 
 NUM_DOCUMENTS = 12
@@ -29,7 +30,7 @@ def make_folder(directory, vocabulary, valid_documents=3):
     documents = [[[next(counter) for _ in range(length)] for length in lengths] for lengths in SENTENCES]
     dtype = token_type(vocabulary.num_tokens)
     (directory / records.VOCAB).write_text("")
-    files, splits = {records.VOCAB: records.describe_file(directory / records.VOCAB)}, {}
+    files, splits = {records.VOCAB: describe_file(directory / records.VOCAB)}, {}
     for split, chosen in (("train", documents), ("valid", documents[:valid_documents])):
         writer = SplitWriter(directory, split, vocabulary.num_tokens)
         for sentences in chosen:

@@ -5,8 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from core_flax.data import records
-from core_flax.data.records import Manifest, PassageStore, SplitWriter, pack_passages, token_type
+from core_flax.data import records, shards
+from core_flax.data.folder import MANIFEST, describe_file, token_type
+from core_flax.data.records import Manifest, PassageStore, SplitWriter, pack_passages
 from core_flax.types import UserError
 
 NUM_TOKENS = 1000
@@ -25,7 +26,7 @@ def write_folder(directory, documents, num_tokens=NUM_TOKENS):
     """A complete folder whose split ``train`` holds the documents and whose split ``valid`` is empty."""
     directory.mkdir(exist_ok=True)
     (directory / records.VOCAB).write_text("[PAD]\n")
-    files = {records.VOCAB: records.describe_file(directory / records.VOCAB)}
+    files = {records.VOCAB: describe_file(directory / records.VOCAB)}
     splits = {}
     for split in records.SPLITS:
         writer = SplitWriter(directory, split, num_tokens)
@@ -45,7 +46,7 @@ def sentences_of(passages, number):
 
 @pytest.mark.parametrize("num_tokens", [NUM_TOKENS, 70_000])
 def test_what_is_written_is_read(tmp_path, num_tokens, monkeypatch):
-    monkeypatch.setattr(records, "_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     documents = random_documents(30, num_tokens=num_tokens)
     store = PassageStore(write_folder(tmp_path / "data", documents, num_tokens), "train")
     assert len(list(tmp_path.glob("data/train-*-of-*.arrayrecord"))) > 5
@@ -66,14 +67,14 @@ def test_what_is_written_is_read(tmp_path, num_tokens, monkeypatch):
 
 
 def test_random_access_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     store = PassageStore(write_folder(tmp_path / "data", random_documents(30)), "train")
     everything = store.read(np.arange(len(store)))
     wanted = np.array([7, 0, len(store) - 1, 7, 3])
     found = store.read(wanted)
     for row, number in enumerate(wanted):
         assert sentences_of(found, row) == sentences_of(everything, number)
-    assert store._reader(2) is store._reader(2), "shards stay open"
+    assert store._records._reader(2) is store._records._reader(2), "shards stay open"
     begins = found.begin(np.arange(len(found.sentence_ends) + 1))
     assert begins.tolist() == [0, *found.sentence_ends]
 
@@ -140,7 +141,7 @@ def test_empty_split(tmp_path):
 
 
 def test_incomplete_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data folder .*nothing is missing .*run prepare again"):
+    with pytest.raises(UserError, match=r"data folder .*nothing is missing .*make it with prepare"):
         PassageStore(tmp_path / "nothing", "train")
     folder = write_folder(tmp_path / "data", random_documents(5))
     shard = folder / "train-00000-of-00001.arrayrecord"
@@ -152,19 +153,20 @@ def test_incomplete_folders_are_refused(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name} is missing; run prepare again"):
         PassageStore(folder, "train")
-    manifest = folder / records.MANIFEST
+    manifest = folder / MANIFEST
     text = manifest.read_text()
     for damaged, message in (
-        (text[:100], "damaged"),
+        (text[:100], "damaged .*run prepare again with --overwrite"),
         ("{}", "damaged"),
         ("[]", "damaged"),
-        (text.replace('"format": 1', '"format": 7'), "has format 7, not 1"),
+        (text.replace('"format": 1', '"format": 7'), "has format 7, not 1; run prepare again with --overwrite"),
+        (text.replace('"format": 1', '"kind": "pairs"'), "holds data of kind 'pairs'; give another folder"),
     ):
         manifest.write_text(damaged)
         with pytest.raises(UserError, match=message):
             PassageStore(folder, "train")
     manifest.unlink()
-    with pytest.raises(UserError, match=r"is not complete \(no manifest.json\); run prepare again"):
+    with pytest.raises(UserError, match=r"is not complete \(no manifest.json\); make it with prepare"):
         PassageStore(folder, "train")
 
 
@@ -180,11 +182,11 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 
 def test_lost_records_are_noticed_when_written(tmp_path, monkeypatch):
-    class Forgetful(records.ArrayRecordWriter):
+    class Forgetful(shards.ArrayRecordWriter):
         def write(self, data):
             pass
 
-    monkeypatch.setattr(records, "ArrayRecordWriter", Forgetful)
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Forgetful)
     writer = SplitWriter(tmp_path, "train", NUM_TOKENS)
     writer.write(pack_passages([[1, 2], [3]], token_type(NUM_TOKENS)), True)
     with pytest.raises(OSError, match="holds 0 of 1 records"):
