@@ -1,0 +1,117 @@
+"""gpt_speedrun against the GPT-2 recipe on one text at small width: in how many tokens it reaches the same loss.
+
+    lm-flax prepare --input train.txt.gz --valid valid.txt.gz --document-start ' = [^=]' --vocab-size 8192 --output wiki
+    python benchmarks/speedrun_quality.py --data wiki --workdir runs/speedrun
+
+The GPT-2 recipe: GPT-2's architecture, AdamW with beta2 0.95 and weight decay 0.1, warmup and cosine decay to a tenth
+over all of its steps; of a few learning rates the best, so that it is not beaten for a badly chosen one. gpt_speedrun
+has 60 % of the steps. Both have the same rows, layers, width and heads. Each run is one of ``lm-flax train`` in the
+workdir, so this can be started again. Writes docs/results/gpt_speedrun.md and .json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import contest
+
+DOCS = Path(__file__).parent.parent / "docs" / "results"
+SHARE = 0.6
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder made by lm-flax prepare")
+    parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of the GPT-2 recipe")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--gpt2-rates", type=float, nargs="+", default=[2e-3, 4e-3], help="learning rates")
+    parser.add_argument("--speedrun-rates", type=float, nargs="+", default=[1e-2], help="learning rates")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder of the result")
+    return parser.parse_args()
+
+
+def train(options: argparse.Namespace, preset: str, rate: float, steps: int) -> dict:
+    """A run's held-out loss, tokens and seconds."""
+    home = options.workdir / f"{preset}-{rate:g}-{steps}"
+    settings = {
+        "model.num-layers": options.layers,
+        "model.width": options.width,
+        "model.num-heads": options.heads,
+        "model.mlp-width": 4 * options.width,
+        "model.max-length": options.length,
+        "inputs.length": options.length,
+        "loss.num-chunks": 1,
+        "optimizer.learning-rate": rate,
+        "schedule.warmup-steps": 100,
+        "train.num-steps": steps,
+        "train.batch-size": options.batch,
+        "train.eval-every-steps": max(1, options.steps // 5),
+        "train.eval-batches": 0,
+        "checkpoint.every-steps": 0,
+        "seed": options.seed,
+    }
+    settings |= {"schedule.decay-steps": steps // 2} if preset == "gpt_speedrun" else {}
+    command = [
+        sys.executable,
+        "-m",
+        "lm_flax.cli",
+        "train",
+        preset,
+        "--workdir",
+        str(home),
+        "--data",
+        str(options.data),
+    ]
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    print(f"{preset}, learning rate {rate:g}, {steps} steps", flush=True)
+    done = subprocess.run([*command, *flags, "--log.no-tensorboard"], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = [(line["step"], line["held_out/loss"]) for line in lines if "held_out/loss" in line]
+    return {
+        "preset": preset,
+        "learning_rate": rate,
+        "steps": steps,
+        "tokens": steps * options.batch * options.length,
+        "held_out_loss": curve[-1][1],
+        "curve": curve,
+        "settings": settings,
+    }
+
+
+def main() -> None:
+    """Train all, print the table, write the result."""
+    options = parse()
+    runs = [train(options, "gpt2", rate, options.steps) for rate in options.gpt2_rates]
+    fewer = round(SHARE * options.steps)
+    runs += [train(options, "gpt_speedrun", rate, fewer) for rate in options.speedrun_rates]
+    rows = [
+        f"| {run['preset']} | {run['learning_rate']:g} | {run['tokens']:,} | {run['held_out_loss']:.4f} |"
+        for run in runs
+    ]
+    report = {"what": "held-out loss, nats a token", **contest.origin(), "seed": options.seed, "runs": runs}
+    contest.write(report, options.output / "gpt_speedrun.json")
+    table = "\n".join(["| preset | learning rate | tokens | held-out loss, nats a token |", "|---|---|---|---|", *rows])
+    text = (
+        f"# gpt_speedrun beside the GPT-2 recipe\n\n{options.layers} layers, {options.width} wide, rows of "
+        f"{options.length} tokens, seed {options.seed}; gpt_speedrun has {SHARE:.0%} of the tokens.\n\n{table}\n\n"
+        f"`{report['command']}`, commit {report['commit'][:7]}, {report['hardware']['cores']} cores of "
+        f"{report['hardware']['cpu']}, {report['date'][:10]}. Curves and settings: "
+        "[gpt_speedrun.json](gpt_speedrun.json).\n"
+    )
+    (options.output / "gpt_speedrun.md").write_text(text, encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
