@@ -221,8 +221,8 @@ def page(figures: dict[str, Any]) -> str:
         signatures = {found["bleu_signature"] for found in each["figures"].values() if "bleu_signature" in found}
         text += ["", *(f"Signature `{signature}`." for signature in sorted(signatures))]
         text += [
-            f"The model was trained on {' and '.join(each['pairs']['bridged'])}, in both directions. *Without a bridge* is",
-            "a model of the same size, trained for as many steps on",
+            f"The model was trained on {' and '.join(each['pairs']['bridged'])}, in both directions. *Without a",
+            "bridge* is a model of the same size, trained for as many steps on",
             f"{' and '.join(each['pairs']['bridgeless'])}: it has met the source language, the target language and its",
             "piece, but no language in common with both. *Copy* is the source itself; *by way of* is the first model",
             "twice.",
