@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -101,8 +102,8 @@ def _evaluate(argv: Sequence[str]) -> None:
 class FillMaskCommand:
     """The most probable tokens for every [MASK] of a text."""
 
-    text: tyro.conf.Positional[tuple[str, ...]]
-    """Texts with one or more [MASK] each."""
+    text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT ...", help_behavior_hint="")]
+    """One or more texts in quotes, each with one or more [MASK] in it."""
     workdir: str
     """Folder of a pretraining run."""
     top: int = 5

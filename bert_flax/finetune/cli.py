@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -110,7 +110,7 @@ def predict(argv: Sequence[str]) -> None:
 class ScoreCommand:
     """Scores a file of predictions with the task's official metric, whoever made it."""
 
-    task: tyro.conf.Positional[str]
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
     """cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, squad2, swag or ner."""
     predictions: str
     """File of predictions: index and prediction (GLUE, SWAG), JSON (SQuAD), or CoNLL columns."""
@@ -133,7 +133,7 @@ def score(argv: Sequence[str]) -> None:
 class ImportCommand:
     """Turns a model of Hugging Face's, of BERT's architecture, into one of ours."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder with config.json, vocab.txt or tokenizer.json, and model.safetensors (whole or in parts) or
     pytorch_model.bin."""
     output: str
