@@ -142,6 +142,8 @@ def test_a_test_file_and_a_text(mrpc, glue, tmp_path):
     assert {label for _, label in shares} == {"0", "1"}
     assert sum(float(share) for share, _ in shares) == pytest.approx(100, abs=0.11)
     assert shares[0][1] == output.read_text().splitlines()[1].split("\t")[1]
+    printed = right(here("predict", "--workdir", mrpc[0], "--text", "the " * 99, "--text-pair", second))
+    assert printed.splitlines()[0] == "--text: 1 texts over --inputs.max-length 32 were cut"
 
 
 def test_the_threshold_of_null_odds_is_that_of_the_dev_set(squad2, tmp_path):
@@ -184,6 +186,11 @@ def test_tags_of_sentences_with_their_documents(model, tmp_path):
     best = best_figures(run)
     assert best["f1"] > 20
     assert scores("ner", output, data / "eng.testa") == pytest.approx(best, abs=0.005)
+    # A file that names no documents gets no lines that would begin them.
+    bare = small_tasks.put(tmp_path / "bare", "the NN\ngood NN\n\na NN\nriver NN\n")
+    right(here("predict", "--workdir", run, "--data", bare, "--output", tmp_path / "bare.txt"))
+    assert re.fullmatch(r"the \S+\ngood \S+\n\na \S+\nriver \S+\n\n?", (tmp_path / "bare.txt").read_text())
+    assert output.read_text().startswith("-DOCSTART- O\n\nthe ")
     printed = right(here("predict", "--workdir", run, "--text", "the good river sees the winter"))
     words = [line.split("\t")[0] for line in printed.splitlines()]
     assert " ".join(words) == "the good river sees the winter"
