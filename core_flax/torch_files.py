@@ -8,6 +8,7 @@ ends the reading. Both layouts are read: the zip archive of torch 1.6 and later,
 import io
 import math
 import pickle
+import pickletools
 import struct
 import sys
 import zipfile
@@ -103,6 +104,20 @@ class _TensorUnpickler(pickle.Unpickler):
         return _Storage(dtype, key, size)
 
 
+def _load(file: IO[bytes]) -> Any:
+    """The next pickle in the file.
+
+    What it remembers goes into a list by numbers that it gives itself. A writer counts; a number beyond the bytes that
+    came before was put there to fill the memory.
+    """
+    start = file.tell()
+    for opcode, argument, place in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > (place or 0):
+            raise ValueError(f"number {argument} at byte {place}")
+    file.seek(start)
+    return _TensorUnpickler(file).load()
+
+
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """Arrays by name, of a file that holds a dict of tensors (a model's ``pytorch_model.bin``).
 
@@ -137,17 +152,17 @@ def _read_archive(file: IO[bytes]) -> dict[str, np.ndarray]:
         (home,) = (name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl"))
         if f"{home}byteorder" in names and read(f"{home}byteorder").decode() != sys.byteorder:
             raise UserError("it was written on a machine of another byte order")
-        state = _TensorUnpickler(io.BytesIO(read(f"{home}data.pkl"))).load()
+        state = _load(io.BytesIO(read(f"{home}data.pkl")))
         return _arrays(state, lambda key: read(f"{home}data/{key}"))
 
 
 def _read_sequence(file: IO[bytes]) -> dict[str, np.ndarray]:
     """Pickles one after the other (magic number, protocol, machine, tensors, keys), then the storages by these keys."""
-    if _TensorUnpickler(file).load() != _MAGIC or _TensorUnpickler(file).load() != _PROTOCOL:
+    if _load(file) != _MAGIC or _load(file) != _PROTOCOL:
         raise ValueError("no magic number")
-    if _TensorUnpickler(file).load()["little_endian"] != (sys.byteorder == "little"):
+    if _load(file)["little_endian"] != (sys.byteorder == "little"):
         raise UserError("it was written on a machine of another byte order")
-    state, keys = _TensorUnpickler(file).load(), _TensorUnpickler(file).load()
+    state, keys = _load(file), _load(file)
     widths = {tensor.storage.key: _numpy_dtype(tensor.storage.dtype).itemsize for tensor in _named(state).values()}
     places: dict[str, tuple[int, int]] = {}
     for key in keys:

@@ -161,6 +161,14 @@ def test_only_a_storage_is_a_type(layout, name, tmp_path):
         read_torch(layout(tmp_path / "x.bin", program, s0=X))
 
 
+@LAYOUTS
+def test_what_is_remembered_is_counted(layout, tmp_path):
+    """By a number of its own choice a file of 200 bytes would have the unpickler fill 32 GiB."""
+    program = b"\x80\x02}r\xff\xff\xff\x7f" + state(x=tensor())[3:]
+    with pytest.raises(UserError, match=r"is damaged .*number 2147483647 at byte \d+"):
+        read_torch(layout(tmp_path / "x.bin", program, s0=X))
+
+
 def test_a_storage_is_as_large_as_it_is(tmp_path):
     """Whatever the file says: this would be 8 GiB of one number."""
     program = state(x=tensor(size=2**31 - 1, shape=(2**31 - 1,), strides=(0,)))
