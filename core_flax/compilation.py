@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
 
@@ -26,6 +27,8 @@ def keep_compiled_programs() -> None:
         return
     if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        # A disk that is full later on is no matter either: what was to be kept is compiled again.
+        warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache")
 
 
 def _processor() -> str:

@@ -33,6 +33,7 @@ BOUNDS = [
     (ScheduleConfig, "decay_steps", [1, None], [0], "1 or more, or None"),
     (ScheduleConfig, "final_fraction", [0.0, 1.0], [-0.1, 1.1], "0 or more and at most 1"),
     (TrainConfig, "num_steps", [1], [0], "1 or more"),
+    (TrainConfig, "ema_decay", [0.999, None], [0.0, 1.0], "more than 0 and less than 1, or None"),
     (TrainConfig, "batch_size", [1], [0], "1 or more"),
     (TrainConfig, "num_microbatches", [1], [0], "1 or more"),
     (TrainConfig, "eval_every_steps", [0], [-1], "0 or more"),

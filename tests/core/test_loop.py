@@ -76,7 +76,7 @@ def records(workdir):
 
 
 def test_rates_leave_out_the_compilation_of_another_shape(tmp_path):
-    """Step 4 has twice the rows, and is said to take half a second to compile: more than all the steps together."""
+    """Step 4 has twice the rows, and is said to take three seconds to compile: more than all the steps together."""
 
     def batches(start, rows):
         for step in range(6):
@@ -86,11 +86,11 @@ def test_rates_leave_out_the_compilation_of_another_shape(tmp_path):
     program = make_program(task, CONFIG, jax.devices()[:1])
 
     def step(state, batch):
-        time.sleep(0.5 * (len(batch["x"]) > B))
+        time.sleep(3.0 * (len(batch["x"]) > B))
         return program.step(state, batch)
 
     train(task, CONFIG, dataclasses.replace(program, step=step), tmp_path)
-    assert 5 * B / records(tmp_path)[-1]["sequences_per_second"] < 0.5
+    assert 5 * B / records(tmp_path)[-1]["sequences_per_second"] < 3.0
 
 
 # What is not finite

@@ -158,7 +158,7 @@ def placed_gradients(kind, num_microbatches, mesh_config):
     with jax.set_mesh(mesh):
         placed = sharding.place_batch(batch, len(batch["tokens"]), mesh)
         compute = jax.jit(lambda p, b: gradients(task, p, b, jax.random.key(3), num_microbatches))
-        return jax.device_get(compute(params, placed))
+        return jax.device_get(compute(params, placed))[:3]
 
 
 @functools.cache
