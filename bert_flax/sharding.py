@@ -23,7 +23,7 @@ PARAM_RULES = (
     Rule("(encoder/pooler|masked_language/transform)/kernel", "matrix",    "embed | width"),                   # DD
     Rule("(encoder/pooler|masked_language/transform)/bias",   "bias",      "width"),                           # D
     Rule("masked_language/norm/(scale|bias)",                 "norm",      "width"),                           # D
-    Rule("masked_language/bias",                              "bias",      "vocab"),                           # V
+    Rule("masked_language/bias",                              "bias",      "vocab_bias"),                      # V
     Rule("next_sentence/kernel",                              "head",      "embed | small"),                   # D2
     Rule("next_sentence/bias",                                "bias",      "small"),                           # 2
     Rule("head/kernel",                                       "head",      "embed | small"),                   # DC

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from core_flax import sharding
-from core_flax.types import Array
+from core_flax.types import Array, Params
 
 Norm = nn.LayerNorm
 """Layer normalisation (Ba et al. 2016, arXiv 1607.06450); Flax takes its statistics in float32 whatever the dtype."""
@@ -86,14 +86,14 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         """Rows [..., D] of the table for ids [...]."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        return jnp.take(sharding.gather_table(self.embedding, "small"), ids, axis=0).astype(self.dtype)
 
     def logits(self, x: Array) -> Array:
         """Scores [..., V] of every entry for x [..., D] (tied weights: Press and Wolf 2017, arXiv 1608.05859).
 
         float32 whatever the dtype: rounded to bfloat16, near scores would be ties.
         """
-        x, table = x.astype(self.dtype), self.embedding.astype(self.dtype)
+        x, table = x.astype(self.dtype), sharding.gather_table(self.embedding.astype(self.dtype), "vocab_logits")
         return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
 
@@ -235,6 +235,16 @@ def remat(block: type[nn.Module], policy: Remat, unroll: int = 1, static: tuple[
         return block
     keep = jax.checkpoint_policies.dots_saveable if policy == "elementwise" else None
     return nn.remat(block, policy=keep, prevent_cse=unroll > 1, static_argnums=static)
+
+
+def unstack(stacked: Params, num_layers: int) -> Params:
+    """The parameters of scanned layers in parts, by number; ``layer_params`` takes either."""
+    return {str(number): layer_params(stacked, number) for number in range(num_layers)}
+
+
+def layer_params(layers: Params, number: int) -> Params:
+    """The parameters of one layer, of those that are stacked or in parts."""
+    return layers[str(number)] if str(number) in layers else jax.tree.map(lambda x: x[number], layers)
 
 
 def layers_per_turn(unroll: int | None, num_layers: int) -> int:

@@ -85,7 +85,7 @@ def _sums(
     z_weight: float,
     soft_cap: float | None,
 ) -> VocabularySums:
-    table_VD = table_VD.astype(x_BLD.dtype)
+    table_VD = sharding.gather_table(table_VD.astype(x_BLD.dtype), "vocab_logits")
 
     def add(sums: VocabularySums, chunk: tuple[Array, Array, Array]) -> tuple[VocabularySums, None]:
         x_TD, labels_T, weights_T = chunk
@@ -105,7 +105,8 @@ def _sums_forward(
     soft_cap: float | None,
 ) -> tuple[VocabularySums, tuple[Array, Array]]:
     """The sums, and the gradients of the loss: they are linear in its cotangent, so they need not wait for it."""
-    (batch_size, length, width), table = x_BLD.shape, table_VD.astype(x_BLD.dtype)
+    batch_size, length, width = x_BLD.shape
+    table = sharding.gather_table(table_VD.astype(x_BLD.dtype), "vocab_logits")
 
     def add(carry: tuple[VocabularySums, Array], chunk: tuple[Array, Array, Array]):
         sums, grad_VD = carry

@@ -7,6 +7,7 @@ in a program without a mesh, or with a mesh of other axes.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,11 +36,17 @@ PLACEMENT: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor", "fsdp"),
     "vocab_logits": ("tensor",),
-    # An embedding table's width has a name of its own: over fsdp like other widths, XLA falls back on involuntary full
-    # rematerialisation; with the vocabulary sharded alone it does not.
+    "vocab_bias": (),
     "table_width": (),
     "small": (),
 }
+
+INSTEAD: Mapping[str, str] = {"vocab": "table_width"}
+"""Where the size of the first does not divide, the array's dim of the second name is split over the same axes.
+
+Published vocabularies (30522, 50257) divide by hardly anything, widths do. The first choice is the vocabulary, since
+then each device looks up and scores its own part; by the width, tables are gathered before use (``gather_table``).
+"""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -87,6 +94,55 @@ def constrain(x: Array, *names: str) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
+def gather_table(table_VD: Array, rows: str) -> Array:
+    """An embedding table whole in its width, which may be split where it is kept (``INSTEAD``), before it is used.
+
+    Said here, since XLA would rather look up parts of rows and then move all rows to other devices ("involuntary full
+    rematerialisation"). Does nothing without our mesh, or where the entries divide.
+
+    Args:
+      table_VD: the table; gradients are added up in its type, so that to look up is float32.
+      rows: logical axis of the entries where it is used: "small" to look up, "vocab_logits" to score.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or not table_VD.shape[0] % _ways("vocab", mesh):
+        return table_VD
+    return _gathered(table_VD, rows)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(table_VD: Array, rows: str) -> Array:
+    # By way of the whole, or XLA would go there with a warning: an axis cannot move from one dim to the other.
+    return constrain(constrain(table_VD, "small", "table_width"), rows, "table_width")
+
+
+def _gathered_forward(table_VD: Array, rows: str) -> tuple[Array, None]:
+    return _gathered(table_VD, rows), None
+
+
+def _gathered_backward(rows: str, nothing: None, grad_VD: Array) -> tuple[Array]:
+    # Of a look-up first whole, or XLA would gather all ids to add up parts of rows. Else as the table is kept.
+    return (constrain(grad_VD, "small", "table_width") if rows == "small" else grad_VD,)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _ways(name: str, mesh: Any) -> int:
+    """Among how many devices a logical axis is divided."""
+    return math.prod(mesh.shape[axis] for axis in PLACEMENT[name])
+
+
+def _placed(shape: tuple[int, ...], names: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
+    """The names by which an array of this shape is placed: those of its line, or others as ``INSTEAD`` says."""
+    names_of = dict(zip(names, shape, strict=False))
+    for first, second in INSTEAD.items():
+        if first in names_of and second in names_of and names_of[first] % _ways(first, mesh):
+            swapped = {first: second, second: first}
+            names = tuple(swapped.get(name, name) for name in names)
+    return names
+
+
 def param_shardings(
     params: Params, rules: tuple[ParamRule, ...], mesh: Mesh, axis_fields: Mapping[str, str] | None = None
 ) -> Any:
@@ -104,16 +160,19 @@ def param_shardings(
     fields = axis_fields or {}
 
     def place(path: str, leaf: Array, rule: ParamRule) -> NamedSharding:
-        placement = spec(rule.names)
-        for size, name in zip(leaf.shape, rule.names, strict=True):
-            ways = math.prod(mesh.shape[axis] for axis in PLACEMENT[name])
+        spec(rule.names)  # refuses a line that cannot be
+        placed = _placed(leaf.shape, rule.names, mesh)
+        for size, name, own in zip(leaf.shape, placed, rule.names, strict=True):
+            ways = _ways(name, mesh)
             if size % ways:
+                # Of a table that can be split by neither of its dims, the vocabulary is the one that is easily changed.
+                name, size = (name, leaf.shape[rule.names.index(name)]) if own != name else (name, size)
                 axes = " x ".join(f"--mesh.{axis} {mesh.shape[axis]}" for axis in PLACEMENT[name])
                 raise UserError(
                     f"{fields.get(name, path)} = {size} cannot be split {ways} ways ({axes}): "
                     f"choose a multiple of {ways} ({-(-size // ways) * ways} is the next) or another mesh"
                 )
-        return NamedSharding(mesh, placement)
+        return NamedSharding(mesh, spec(placed))
 
     return map_rules(place, params, rules)
 

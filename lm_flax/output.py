@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from core_flax import sharding
 from core_flax.types import Array, Params
 
 
@@ -38,6 +39,7 @@ class BiasedOutput(nn.Module):
     def logits(self, x: Array) -> Array:
         """Scores [..., V], float32, of hidden states [..., D + 1]."""
         table = output_table({"embedding": self.embedding, "bias": self.bias}).astype(self.dtype)
+        table = sharding.gather_table(table, "vocab_logits")
         return jnp.einsum("...D,VD->...V", x.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
 

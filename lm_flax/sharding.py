@@ -48,7 +48,7 @@ LSTM_RULES = (
     Rule("layers_[0-9]+/(input|recurrent)_kernel",    "matrix",    "embed | small mlp"),    # D4F
     Rule("layers_[0-9]+/bias",                        "bias",      "small mlp"),            # 4F
     Rule("head/embedding",                            "head",      "vocab | table_width"),  # VD
-    Rule("head/bias",                                 "bias",      "vocab"),                # V
+    Rule("head/bias",                                 "bias",      "vocab_bias"),           # V
 )
 
 CONV_RULES = (
@@ -56,7 +56,7 @@ CONV_RULES = (
     Rule("layers_[0-9]+/kernel",                      "matrix",    "small embed | small mlp"),  # KDGF
     Rule("layers_[0-9]+/bias",                        "bias",      "small mlp"),                # GF
     Rule("head/embedding",                            "head",      "vocab | table_width"),      # VD
-    Rule("head/bias",                                 "bias",      "vocab"),                    # V
+    Rule("head/bias",                                 "bias",      "vocab_bias"),               # V
 )
 
 WORD2VEC_RULES = (

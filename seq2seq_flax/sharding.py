@@ -17,7 +17,7 @@ _TABLES = (
 
 PARAM_RULES = (
     *_TABLES,
-    Rule("output_bias",                                  "bias",      "vocab"),                           # V
+    Rule("output_bias",                                  "bias",      "vocab_bias"),                      # V
     Rule(_ATTENTION + "(query|key|value)/kernel",        "matrix",    "layer embed | heads head_width"),  # NDHK
     Rule(_ATTENTION + "(query|key|value)/bias",          "bias",      "layer heads head_width"),          # NHK
     Rule(_ATTENTION + "out/kernel",                      "matrix",    "layer heads head_width | embed"),  # NHKD

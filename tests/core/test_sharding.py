@@ -82,10 +82,17 @@ def test_every_parameter_has_one_line_with_its_dims(rules, message):
         place(PARAMS, rules)
 
 
+def test_a_table_whose_entries_do_not_divide_is_split_by_its_width():
+    """Never whole on every device."""
+    params = PARAMS | {"table": jnp.zeros((10, 8))}
+    assert place(params, fsdp=2, tensor=2)["table"].spec == P(None, ("tensor", "fsdp"))
+    assert place(params, fsdp=2)["table"].spec == P(("tensor", "fsdp"), None)  # two ways divide ten
+
+
 def test_a_size_that_does_not_divide_names_its_field():
     message = r"--model\.vocab-size = 10 cannot be split 4 ways \(--mesh\.tensor 2 x --mesh\.fsdp 2\): .* 4 \(12 is the"
     with pytest.raises(UserError, match=message):
-        place(PARAMS | {"table": jnp.zeros((10, 8))}, fsdp=2, tensor=2)
+        place(PARAMS | {"table": jnp.zeros((10, 6))}, fsdp=2, tensor=2)
     with pytest.raises(UserError, match=r"layers/down = 6 cannot be split 4 ways \(--mesh\.tensor 4\)"):
         place(PARAMS | {"layers": PARAMS["layers"] | {"down": jnp.zeros((2, 6, 8))}}, tensor=4)
 
