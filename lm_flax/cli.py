@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
@@ -53,7 +54,7 @@ def _train(argv: Sequence[str]) -> None:
     from lm_flax.presets import PRESETS
     from lm_flax.runs import COMMANDS, train
 
-    def command_of(config: object) -> type:
+    def command_of(config: Any) -> type:
         return COMMANDS[type(config)]
 
     parsed = cli.parse_preset(PRESETS, command_of, "char_small", argv, f"{PROG} train", "trains a model")

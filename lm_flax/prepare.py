@@ -120,6 +120,8 @@ def _check(config: PrepareConfig) -> Tokenizer | None:
         return None
     if not Path(config.tokenizer).exists():
         raise UserError(f"--tokenizer {config.tokenizer} is no file; give one, or {', '.join(KINDS)}")
+    if Path(config.output).resolve() in (Path(config.tokenizer).resolve(), Path(config.tokenizer).resolve().parent):
+        raise UserError(f"{config.tokenizer} lies in {config.output}, which is emptied; give another --output")
     found = tokenizers.load(config.tokenizer)
     if config.vocab_size not in (None, found.num_tokens):
         raise UserError(

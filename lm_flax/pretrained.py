@@ -1,16 +1,14 @@
 """Models of Hugging Face's in and out. What is imported is a run's folder with one checkpoint, of step 0."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core_flax import config as configs
 from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, TrainConfig
-from core_flax.run import CHECKPOINTS, Run
+from core_flax.run import CHECKPOINTS, Run, new_folder
 from core_flax.state import TrainState
 from core_flax.types import UserError
 from lm_flax import runs, tokenizers
@@ -26,7 +24,7 @@ def import_hf(folder: str, output: str) -> None:
       UserError: the folder cannot be read (see load_pretrained), its tokenizer is another model's, or the output is not
         empty.
     """
-    home = _new_folder(output)
+    home = new_folder(output)
     pretrained, tokenizer = load_pretrained(folder), tokenizers.load(folder)
     model: Any = pretrained.config
     if tokenizer.num_tokens > model.vocab_size:
@@ -34,7 +32,7 @@ def import_hf(folder: str, output: str) -> None:
             f"{folder}: the tokenizer has {tokenizer.num_tokens} tokens, the model {model.vocab_size}; they do not "
             "belong together"
         )
-    made = GPT2Run if isinstance(model, GPT2Config) else LlamaRun
+    made: Any = GPT2Run if isinstance(model, GPT2Config) else LlamaRun
     config = made(model=model, inputs=InputsConfig(length=model.max_length), train=TrainConfig(batch_size=8))
     checkpoints = Checkpoints(home / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, pretrained.params), {}))
@@ -54,7 +52,7 @@ def export_hf(workdir: str, output: str, step: int | None) -> None:
     Raises:
       UserError: the model's architecture is none of transformers', or the output is not empty.
     """
-    home = _new_folder(output)
+    home = new_folder(output)
     run, tokenizer = runs.load_run(workdir)
     if not isinstance(run.config, GPT2Run | LlamaRun):
         raise UserError(f"{workdir} holds a model that transformers does not have; GPT-2's and Llama's can be exported")
@@ -65,13 +63,6 @@ def export_hf(workdir: str, output: str, step: int | None) -> None:
     print(f"{output}: {_size(run.config.model, arrays)}, step {step}")
     if not tokenizers.is_common(tokenizer):
         print(f"  {tokenizer.file} is ours: transformers has no tokenizer of this kind")
-
-
-def _new_folder(output: str) -> Path:
-    folder = configs.local_folder("--output", output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {output} is there already, and not empty; give a new folder")
-    return folder
 
 
 def _size(config: Any, params: Any) -> str:

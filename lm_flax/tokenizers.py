@@ -129,7 +129,8 @@ class Words:
         self._words = list(words)
         self._ids = {word: number for number, word in enumerate(self._words)}
         self.num_tokens = len(self._words)
-        self.end_id = self._ids[END_OF_LINE]
+        self._line_end = self._ids[END_OF_LINE]
+        self.end_id: int | None = self._line_end
         self._unknown = self._ids[UNKNOWN]
 
     @classmethod
@@ -157,10 +158,10 @@ class Words:
         ids: list[int] = []
         for line in lines:
             ids += [self._ids.get(word, self._unknown) for word in line.split()]
-            ids.append(self.end_id)
+            ids.append(self._line_end)
         ids += [self._ids.get(word, self._unknown) for word in rest.split()]
         if ends and rest.strip():
-            ids.append(self.end_id)
+            ids.append(self._line_end)
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -238,7 +239,8 @@ class Pieces:
     file, is_words = MODEL, False
 
     def __init__(self, model: SentencePiece) -> None:
-        self._model, self.num_tokens, self.end_id = model, model.num_tokens, model.eos_id
+        self._model, self.num_tokens = model, model.num_tokens
+        self.end_id: int | None = model.eos_id
 
     @property
     def fingerprint(self) -> str:

@@ -177,6 +177,8 @@ def test_an_empty_text_and_a_damaged_folder_are_refused(tmp_path):
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train\.tokens has \d+ bytes instead of"):
         TokenStore(home, "train")
+    with pytest.raises(UserError, match=r"lies in .*, which is emptied"):
+        made(tmp_path, name="whole", tokenizer=str(home / "tokenizer.json"))
     other = Path(home / "tokenizer.json")
     other.write_text(other.read_text().replace("F", "G"))
     with pytest.raises(UserError, match="not the tokenizer"):
