@@ -89,15 +89,15 @@ class Nothing:
 
 def _train(argv: Sequence[str]) -> None:
     keep_freed_memory()  # before jax is imported
-    from core_flax.beam import BeamSearch
     from core_flax.distributed import join
-    from seq2seq_flax.evaluate import print_numbers
+    from seq2seq_flax.evaluate import EvaluateCommand, print_numbers
     from seq2seq_flax.presets import PRESETS
     from seq2seq_flax.runs import command_of, train
 
     asked = cli.parse_preset(PRESETS, command_of, "numbers_demo", argv, f"{PROG} train", "trains a model")
     join()
-    print_numbers(*train(*asked), BeamSearch())
+    run = train(*asked)
+    print_numbers(run, EvaluateCommand(workdir=str(run.workdir)))
 
 
 def _evaluate(argv: Sequence[str]) -> None:

@@ -10,26 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from tqdm import tqdm
 
 from core_flax.beam import BeamSearch
-from core_flax.config import MeshConfig, check_range, replacing
-from core_flax.hardware import compute_dtype
-from core_flax.run import Run
+from core_flax.config import check_range, local_folder, replacing
+from core_flax.run import Run, kind_of
 from core_flax.run import evaluate as run_evaluate
-from core_flax.sharding import make_mesh, replicated
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import UserError
-from seq2seq_flax import numbers
-from seq2seq_flax.architectures import make_model
+from seq2seq_flax import numbers, pretrained
 from seq2seq_flax.pairs import Manifest
 from seq2seq_flax.parallel_text import ParallelText
 from seq2seq_flax.runs import held_out_of, load_run, open_data
 from seq2seq_flax.task import make_task
-from seq2seq_flax.translator import translate
+from seq2seq_flax.translate import Translator
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class EvaluateCommand:
     """Scores translations: those of a model, or those in a file. And the loss on a run's held-out pairs."""
 
     workdir: str | None = None
-    """Folder of a run, or an average of its checkpoints."""
+    """Folder of a run, an average of its checkpoints, or a model that import-hf took in."""
     input: str | None = None
     """Sentences to translate, one a line (also .gz). Without it, only the held-out loss is printed."""
     reference: str | None = None
@@ -62,6 +58,8 @@ class EvaluateCommand:
     """What length is worth (Wu et al. 2016, section 7). 0: the most probable translation, which tends to be short."""
     batch_size: int = 64
     """Sentences that are translated at a time."""
+    long: Literal["refuse", "split"] = "refuse"
+    """A line longer than the model takes. refuse: stop and say where; split: translate it in pieces, and say so."""
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range, and on options that do not go together."""
@@ -78,6 +76,11 @@ class EvaluateCommand:
         elif (self.input is None) != (self.reference is None):
             missing = "--input" if self.input is None else "--reference"
             raise UserError(f"{missing} must be given: a model is scored by --input and --reference together")
+
+    @property
+    def search(self) -> BeamSearch:
+        """How translations are found."""
+        return BeamSearch(beam_size=self.beam_size, length_penalty=self.length_penalty)
 
 
 @dataclass(frozen=True)
@@ -136,18 +139,26 @@ def evaluate(command: EvaluateCommand) -> None:
         _print_score(score(*pairs, command.tokenize, command.lowercase))
         return
     assert command.workdir is not None
-    run, tokenizer = load_run(command.workdir)
-    print_held_out(run, tokenizer, command.data, command.step)
-    search = BeamSearch(beam_size=command.beam_size, length_penalty=command.length_penalty)
+    sources, references = [], []
     if command.input is not None and command.reference is not None:
         sources, references = _read(command.input, command.reference, may_be_empty=False)
-        texts = translate_texts(run, tokenizer, sources, search, command.target_lang, command.step, command.batch_size)
+    imported = kind_of(local_folder("--workdir", command.workdir)) == pretrained.KIND
+    if not imported:
+        run, tokenizer = load_run(command.workdir)
+        print_held_out(run, tokenizer, command.data, command.step)
+        if not sources:
+            print_numbers(run, command)
+    elif not sources:
+        raise UserError(
+            f"{command.workdir} is an imported model, without pairs of its own: give --input and --reference"
+        )
+    if sources:
+        where = [(f"{command.input}:{number}", text) for number, text in enumerate(sources, start=1)]
+        texts = translate_texts(Translator.load(command.workdir, command.step), where, command.search, command)
         if command.output is not None:
             with replacing(Path(command.output)) as partial:
                 partial.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
         _print_score(score(texts, references, command.tokenize, command.lowercase))
-    else:
-        print_numbers(run, tokenizer, search, command.step)
 
 
 def _read(first: str, second: str, may_be_empty: bool) -> tuple[list[str], list[str]]:
@@ -168,54 +179,22 @@ def _print_score(found: Score) -> None:
 
 
 def translate_texts(
-    run: Run[Any],
-    tokenizer: SentencePiece,
-    texts: Sequence[str],
-    search: BeamSearch,
-    target_lang: str | None = None,
-    step: int | None = None,
-    batch_size: int = 64,
+    translator: Translator, texts: Sequence[tuple[str, str]], search: BeamSearch, options: EvaluateCommand
 ) -> list[str]:
-    """The best translation of each text, under a progress bar.
+    """The best translation of each text, given with where it is from, under a progress bar.
 
     Raises:
-      UserError: the run does not translate into this language, or must be told into which.
+      UserError: the model does not translate into this language, or must be told into which; a text is too long.
     """
-    prefix = language_prefix(run, tokenizer, target_lang)
-    mesh = make_mesh(MeshConfig(), jax.local_devices())
-    model = make_model(run.config.model, compute_dtype(run.config.train.compute_dtype))
-    params, _ = run.params(step, replicated(mesh))
-    sources = [[*prefix, *ids, tokenizer.eos_id] for ids in tokenizer.encode(texts)]
-    with tqdm(total=len(sources), desc="translating", unit=" sentences", disable=None) as bar:
-        found = translate(
-            model,
-            params,
-            sources,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            search=search,
-            mesh=mesh,
-            batch_size=batch_size,
-            done=bar.update,
-        )
-    return [tokenizer.decode(best.tokens) for best, *_ in found]
-
-
-def language_prefix(run: Run[Any], tokenizer: SentencePiece, target_lang: str | None) -> list[int]:
-    """What sources begin with, to ask for a language; nothing where there is only one.
-
-    Raises:
-      UserError: the run does not translate into this language, or must be told into which.
-    """
-    targets = list(dict.fromkeys(target for _, target in run.facts["directions"] if target is not None))
-    if target_lang is not None and target_lang not in targets:
-        known = f"translates into {', '.join(targets)}" if targets else "was not told which languages its pairs are in"
-        raise UserError(f"--target-lang {target_lang}: the run in {run.workdir} {known}")
-    if not run.facts["tagged"]:
-        return []
-    if target_lang is None:
-        raise UserError(f"--target-lang must be given: the run in {run.workdir} translates into {', '.join(targets)}")
-    return [tokenizer.languages[target_lang]]
+    lines = translator.encode(texts, translator.language_prefix(options.target_lang), options.long)
+    in_pieces = sum(len(line.pieces) > 1 for line in lines)
+    if in_pieces:
+        print(f"{in_pieces:,} lines were longer than the model takes: translated in pieces")
+    with tqdm(
+        total=sum(len(line.pieces) for line in lines), desc="translating", unit=" sentences", disable=None
+    ) as bar:
+        found = translator.translate(lines, search, options.batch_size, done=bar.update)
+    return [best.text for best, *_ in found]
 
 
 def print_held_out(run: Run[Any], tokenizer: SentencePiece, data: str | None, step: int | None) -> None:
@@ -242,15 +221,17 @@ def print_held_out(run: Run[Any], tokenizer: SentencePiece, data: str | None, st
     )
 
 
-def print_numbers(run: Run[Any], tokenizer: SentencePiece, search: BeamSearch, step: int | None = None) -> None:
+def print_numbers(run: Run[Any], options: EvaluateCommand) -> None:
     """Of the demonstration's held-out numbers, if it is one: how many are translated exactly, and five of them."""
     files = numbers.held_out_files(run.data)
     if files is None:
         return
     sources, references = _read(*map(str, files), may_be_empty=False)
-    texts = translate_texts(run, tokenizer, sources, search, step=step)
+    translator = Translator.load(str(run.workdir), options.step)
+    where = [(f"{files[0]}:{number}", text) for number, text in enumerate(sources, start=1)]
+    texts = translate_texts(translator, where, options.search, options)
     right = sum(text == reference for text, reference in zip(texts, references, strict=True))
-    how = "greedy" if search.beam_size == 1 else f"beam {search.beam_size}"
+    how = "greedy" if options.beam_size == 1 else f"beam {options.beam_size}"
     print(f"exact match, {how}: {right / len(texts):.1%} of {len(texts)} numbers that were not trained on")
     for source, text, reference in list(zip(sources, texts, references, strict=True))[:5]:
         print(f"  {source}\n    -> {text}{'' if text == reference else f'   (right: {reference})'}")

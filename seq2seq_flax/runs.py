@@ -106,8 +106,8 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> tuple[Run[Any], SentencePiece]:
-    """Start the run, or resume it; returns it with its tokenizer.
+def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Run[Any]:
+    """Start the run, or resume it; returns it.
 
     Args:
       command: the preset's settings, with what was asked for in their place.
@@ -139,7 +139,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> tu
         program = make_program(task, config)  # refuses what does not fit the devices before anything is written
         run.save(TOKENIZER, tokenizer.save)
         run_loop(task, config, program, workdir)
-    return run, tokenizer
+    return run
 
 
 def open_data(data: Path) -> tuple[PairStore, SentencePiece]:

@@ -288,7 +288,7 @@ def test_references_that_cannot_be(refuse, text, finished, tmp_path, content, me
         (("--hypotheses", "file"), "--reference must be given"),
         (("--hypotheses", "a", "--reference", "b", "--target-lang", "de"), "--target-lang is about a model"),
         (("--workdir", "run", "--beam-size", "0"), "--beam-size 0: must be 1 or more"),
-        (("--workdir", "nowhere"), "nowhere holds no run: config.json is missing"),
+        (("--workdir", "nowhere"), "nowhere is no folder"),
         (("--workdir", "run", "--tokenize", "words"), "words"),
     ],
     ids=str,
@@ -306,7 +306,7 @@ def test_languages(refuse, text, finished, tmp_path):
     stored = json.loads((unnamed / "config.json").read_text()) | {"directions": [[None, None]], "tagged": False}
     (unnamed / "config.json").write_text(json.dumps(stored))
     line = refuse("evaluate", "--workdir", unnamed, *files, "--target-lang", "ne")
-    assert "was not told which languages its pairs are in" in line
+    assert "has one target language without a name" in line
 
 
 def test_a_vocabulary_that_is_another(refuse, data, other_data, finished, tmp_path):
