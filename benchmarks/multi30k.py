@@ -123,7 +123,7 @@ def page(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
         told, form = each["score"], {"tok": "lower-cased, tokenised", "raw": "raw, with case"}[each["form"]]
         cells = [each["preset"], f"{each['parameters']:,}", f"{each['steps']:,}", form, f"**{told['bleu']:.2f}**"]
         cells += [f"{told['hypothesis_length']} : {told['reference_length']}", f"{told['chrf']:.2f}"]
-        cells += [f"`{told['bleu_signature']}`", f"{each['training']['seconds'] / 3600:.1f}"]
+        cells += ["`" + told["bleu_signature"].replace("|", "\\|") + "`", f"{each['training']['seconds'] / 3600:.1f}"]
         text.append(f"| {' | '.join(cells)} |")
     text += [
         "",
