@@ -181,7 +181,7 @@ class SelfAttention(nn.Module):
         x_BLD: Array,
         mask_B1LM: Array,
         cache: KeyValueCache | None = None,
-        layer: Array | int = 0,
+        layer: int = 0,
         *,
         prepare: Callable[[Array], Array] = lambda heads: heads,
         row_B: Array | None = None,

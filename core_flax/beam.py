@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from core_flax import cache as caches
 from core_flax.config import check_range
-from core_flax.decode import Generation, begin, is_stop, next_logits, proceed
+from core_flax.decode import Generation, begin, in_parts, is_stop, next_logits, proceed
 from core_flax.sampling import top_k
 from core_flax.types import Array, Params, UserError
 
@@ -119,9 +119,10 @@ def beam_search(
     if search.beam_size == 1:
         end = proceed(model, params, start, length, stop=stop, allowed_V=allowed_V)
         return _greedy(end, search)
+    parts = in_parts(model, params)
     state = jax.lax.while_loop(
         lambda state: ~jnp.all(state.done_B),
-        lambda state: _step(model, params, state, start.limit_B, search, stop, allowed_V),
+        lambda state: _step(model, parts, state, start.limit_B, search, stop, allowed_V),
         _start(start, search),
     )
     return state.found

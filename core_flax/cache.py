@@ -14,6 +14,11 @@ A model that generates has three methods; ``core_flax/decode.py`` and ``beam.py`
 - ``apply(variables, x, method="logits") -> [..., V]``: scores of the next token, float32, from hidden states [..., D].
   A decoder wants them at each row's last real token alone: ``last_token``.
 
+It may have a fourth, a plain one:
+
+- ``unstack(params) -> params``: what ``extend`` takes in place of the parameters, with stacked layers in parts
+  (``core_flax.layers.unstack``). Without it a loop would cut them anew for every token, which on a CPU are copies.
+
 Beams: ``fork`` makes F rows of each row, one after another, and ``reorder`` then lets them go on from one another's
 past, without knowing what a cache holds. All arrays are taken row by row, but for two kinds of parts. What lies in
 ``Shared`` depends on the source alone: it keeps one row for the F rows of a fork, and a model folds its queries to them
@@ -58,21 +63,22 @@ class KeyValueCache:
     rows of a fork must go on together, each by as many tokens as the others.
 
     Attributes:
-      keys_BNGMK: M slots a row; after a fork [B / F, N, G, M * F, K].
-      values_BNGMK: likewise.
+      keys: of each layer [B, G, M, K], M slots a row; after a fork [B / F, G, M * F, K]. Not one array: to read a layer
+        of it would be to copy that.
+      values: likewise.
       num_tokens_B: how many slots hold tokens, int32.
       writer_BM: after a fork, the place (0 to F - 1) of the row that wrote what a row sees at a position; else None.
     """
 
-    keys_BNGMK: Array
-    values_BNGMK: Array
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
     num_tokens_B: Array
     writer_BM: Array | None = None
 
     @property
     def num_forks(self) -> int:
         """F: rows that have their slots in common."""
-        return len(self.num_tokens_B) // len(self.keys_BNGMK)
+        return len(self.num_tokens_B) // len(self.keys[0])
 
     def positions(self, length: int) -> Array:
         """The positions [B, L] of the next ``length`` tokens."""
@@ -83,33 +89,28 @@ class KeyValueCache:
 
         After a fork [B / F, 1, F * L, M * F], as attention wants it.
         """
-        num_rows, num_slots, forks = len(self.keys_BNGMK), self.keys_BNGMK.shape[3], self.num_forks
+        (num_rows, _, num_slots, _), forks = self.keys[0].shape, self.num_forks
         earlier = jnp.arange(num_slots // forks) <= self.positions(length)[..., None]
         if self.writer_BM is None:
             return earlier[:, None]
         seen = earlier[..., None] & (self.writer_BM[:, None, :, None] == jnp.arange(forks))
         return seen.reshape(num_rows, 1, forks * length, num_slots)
 
-    def write(self, layer: Array | int, k_BLGK: Array, v_BLGK: Array) -> "KeyValueCache":
+    def write(self, layer: int, k_BLGK: Array, v_BLGK: Array) -> "KeyValueCache":
         """With the keys and values that a layer has for the next L tokens; padding that finds no slot is dropped."""
-        num_rows, forks, length = len(self.keys_BNGMK), self.num_forks, k_BLGK.shape[1]
+        num_rows, forks, length = len(self.keys[0]), self.num_forks, k_BLGK.shape[1]
         slots = self.positions(length) * forks + self._places()[:, None]
-        at = jnp.arange(num_rows)[:, None], layer, slice(None), slots.reshape(num_rows, -1)
+        at = jnp.arange(num_rows)[:, None], slice(None), slots.reshape(num_rows, -1)
 
-        def written(to: Array, x_BLGK: Array) -> Array:
-            x = x_BLGK.reshape(num_rows, -1, *x_BLGK.shape[2:]).astype(to.dtype)
-            return to.at[at].set(x, mode="drop")
+        def written(layers: tuple[Array, ...], x_BLGK: Array) -> tuple[Array, ...]:
+            x = x_BLGK.reshape(num_rows, -1, *x_BLGK.shape[2:]).astype(layers[layer].dtype)
+            return (*layers[:layer], layers[layer].at[at].set(x, mode="drop"), *layers[layer + 1 :])
 
-        return dataclasses.replace(
-            self, keys_BNGMK=written(self.keys_BNGMK, k_BLGK), values_BNGMK=written(self.values_BNGMK, v_BLGK)
-        )
+        return dataclasses.replace(self, keys=written(self.keys, k_BLGK), values=written(self.values, v_BLGK))
 
-    def read(self, layer: Array | int) -> tuple[Array, Array]:
+    def read(self, layer: int) -> tuple[Array, Array]:
         """A layer's keys and values, [B, M, G, K] both; after a fork [B / F, M * F, G, K]."""
-        keys, values = (
-            jax.lax.dynamic_index_in_dim(x, layer, axis=1, keepdims=False) for x in (self.keys_BNGMK, self.values_BNGMK)
-        )
-        return keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        return self.keys[layer].swapaxes(1, 2), self.values[layer].swapaxes(1, 2)
 
     def advance(self, num_tokens_B: Array | int) -> "KeyValueCache":
         """With the tokens counted that every layer has written."""
@@ -120,13 +121,14 @@ class KeyValueCache:
         assert self.writer_BM is None, "a cache is forked once"
         rows = len(self.num_tokens_B)
 
-        def spread(x_BNGMK: Array) -> Array:
-            between = jnp.pad(x_BNGMK[:, :, :, :, None], ((0, 0),) * 4 + ((0, num - 1), (0, 0)))
-            return between.reshape(*x_BNGMK.shape[:3], -1, x_BNGMK.shape[-1])
+        def spread(x_BGMK: Array) -> Array:
+            between = jnp.pad(x_BGMK[:, :, :, None], ((0, 0),) * 3 + ((0, num - 1), (0, 0)))
+            return between.reshape(*x_BGMK.shape[:2], -1, x_BGMK.shape[-1])
 
         num_tokens_B = jnp.repeat(self.num_tokens_B, num, total_repeat_length=rows * num)
-        forked = KeyValueCache(spread(self.keys_BNGMK), spread(self.values_BNGMK), num_tokens_B)
-        return forked._seen_by(jnp.zeros((rows * num, self.keys_BNGMK.shape[3]), jnp.int32))
+        keys, values = jax.tree.map(spread, (self.keys, self.values))
+        seen = jnp.zeros((rows * num, self.keys[0].shape[2]), jnp.int32)
+        return KeyValueCache(keys, values, num_tokens_B)._seen_by(seen)
 
     def reorder(self, parents_BF: Array) -> "KeyValueCache":
         """See ``core_flax.cache.reorder``."""
@@ -148,8 +150,9 @@ def init_cache(
     batch_size: int, num_layers: int, num_kv_heads: int, length: int, head_width: int, dtype: jnp.dtype
 ) -> KeyValueCache:
     """An empty cache for ``length`` tokens a row."""
-    shape = (batch_size, num_layers, num_kv_heads, length, head_width)
-    return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32))
+    shape = (batch_size, num_kv_heads, length, head_width)
+    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in range(2))
+    return KeyValueCache(keys, values, jnp.zeros(batch_size, jnp.int32))
 
 
 def take_rows(cache: Any, rows_B: Array) -> Any:

@@ -109,11 +109,13 @@ def proceed(
     """
     assert sampling.temperature == 0 or generation.keys_B is not None, "sampling needs keys"
 
+    parts = in_parts(model, params)
+
     def goes_on(carry: tuple[Array, Generation]) -> Array:
         return (carry[0] < num_steps) & ~jnp.all(carry[1].ended_B)
 
     def step(carry: tuple[Array, Generation]) -> tuple[Array, Generation]:
-        return carry[0] + 1, _step(model, params, carry[1], sampling, stop, allowed_V)
+        return carry[0] + 1, _step(model, parts, carry[1], sampling, stop, allowed_V)
 
     return jax.lax.while_loop(goes_on, step, (jnp.int32(0), generation))[1]
 
@@ -140,6 +142,12 @@ def generate(
 def row_keys(seed: int, numbers_B: Array) -> Array:
     """A key for each row by its number among all rows, so that batches may hold any of them."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
+
+
+def in_parts(model: nn.Module, params: Params) -> Params:
+    """The parameters as a loop over tokens wants them: on a CPU not stacked, see core_flax.cache."""
+    unstack = getattr(model, "unstack", None)
+    return unstack(params) if unstack is not None and jax.default_backend() == "cpu" else params
 
 
 def next_logits(model: nn.Module, params: Params, last_B: Array, cache: Any, goes_on_B: Array) -> tuple[Array, Any]:

@@ -14,9 +14,9 @@ from core_flax import sharding
 from core_flax.attention import SelfAttention, causal_mask
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
-from core_flax.layers import Embedding, GatedFeedForward, Remat, RMSNorm, layers_per_turn, remat
+from core_flax.layers import Embedding, GatedFeedForward, Remat, RMSNorm, layer_params, layers_per_turn, remat, unstack
 from core_flax.rotary import Rotation, rotate, rotation
-from core_flax.types import Array, UserError
+from core_flax.types import Array, Params, UserError
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ class LlamaBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, KeyValueCache | None], layer: Array, mask_B1LM: Array, rotation: Rotation):
+    def __call__(
+        self, carry: tuple[Array, KeyValueCache | None], layer: Array | int, mask_B1LM: Array, rotation: Rotation
+    ):
         """Maps (hidden states [B, L, D], cache) to the same and None: a carry and no output, as nn.scan wants it."""
         config, (x_BLD, cache) = self.config, carry
         norm = partial(RMSNorm, epsilon=config.norm_epsilon, dtype=self.dtype)
@@ -214,11 +216,23 @@ class Llama(nn.Module):
         """The parameter [V, D] whose product with hidden states is ``logits``, for losses that compute it in chunks."""
         return params["token" if self.config.tied else "head"]["embedding"]
 
+    @nn.nowrap
+    def unstack(self, params: Params) -> Params:
+        """The parameters with the layers in parts, as decoding wants them."""
+        return {**params, "layers": unstack(params["layers"], self.config.num_layers)}
+
     def _read(self, tokens_BL: Array, positions_BL: Array, mask_B1LM: Array, cache: Any) -> tuple[Array, Any]:
         x_BLD = sharding.constrain(self.token(tokens_BL), "batch", "length", "width")
         angles = rotation(positions_BL, self.config.head_width, self.config.rope_theta)
-        layers = jnp.arange(self.config.num_layers)
-        (x_BLD, cache), _ = self.layers((x_BLD, cache), layers, mask_B1LM, angles)
+        if cache is None:
+            layers = jnp.arange(self.config.num_layers)
+            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask_B1LM, angles)
+        else:
+            # Layer by layer rather than scanned: a scan would copy the cache of all layers for each.
+            for number in range(self.config.num_layers):
+                params = layer_params(self.layers.variables["params"], number)
+                block = LlamaBlock(self.config, self.dtype, parent=None)
+                (x_BLD, cache), _ = block.apply({"params": params}, (x_BLD, cache), number, mask_B1LM, angles)
         return self.norm(x_BLD), cache
 
 

@@ -13,8 +13,19 @@ from core_flax import sharding
 from core_flax.attention import SelfAttention, causal_mask
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
-from core_flax.layers import Dropout, Embedding, FeedForward, Norm, Remat, gelu_tanh, layers_per_turn, remat
-from core_flax.types import Array, UserError
+from core_flax.layers import (
+    Dropout,
+    Embedding,
+    FeedForward,
+    Norm,
+    Remat,
+    gelu_tanh,
+    layer_params,
+    layers_per_turn,
+    remat,
+    unstack,
+)
+from core_flax.types import Array, Params, UserError
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class GPT2Block(nn.Module):
     def __call__(
         self,
         carry: tuple[Array, KeyValueCache | None],
-        layer: Array,
+        layer: Array | int,
         mask_B1LM: Array,
         row_B: Array | None,
         deterministic: bool,
@@ -203,6 +214,11 @@ class GPT2(nn.Module):
         """The parameter [V, D] whose product with hidden states is ``logits``, for losses that compute it in chunks."""
         return params["token"]["embedding"]
 
+    @nn.nowrap
+    def unstack(self, params: Params) -> Params:
+        """The parameters with the layers in parts, as decoding wants them."""
+        return {**params, "layers": unstack(params["layers"], self.config.num_layers)}
+
     def _read(
         self,
         tokens_BL: Array,
@@ -215,8 +231,17 @@ class GPT2(nn.Module):
         x_BLD = self.token(tokens_BL) + self.position(positions_BL)
         x_BLD = self.dropout(x_BLD, row_B=row_B, deterministic=deterministic)
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
-        layers = jnp.arange(self.config.num_layers)
-        (x_BLD, cache), _ = self.layers((x_BLD, cache), layers, mask_B1LM, row_B, deterministic)
+        if cache is None:
+            layers = jnp.arange(self.config.num_layers)
+            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask_B1LM, row_B, deterministic)
+        else:
+            # Layer by layer rather than scanned: a scan would copy the cache of all layers for each.
+            for number in range(self.config.num_layers):
+                params = layer_params(self.layers.variables["params"], number)
+                block = GPT2Block(self.config, self.dtype, parent=None)
+                (x_BLD, cache), _ = block.apply(
+                    {"params": params}, (x_BLD, cache), number, mask_B1LM, row_B, deterministic
+                )
         return self.norm(x_BLD), cache
 
 

@@ -21,9 +21,9 @@ from core_flax import sharding
 from core_flax.attention import SelfAttention, causal_mask
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
-from core_flax.layers import Dropout, Embedding, Linear, Remat, layers_per_turn, remat
+from core_flax.layers import Dropout, Embedding, Linear, Remat, layer_params, layers_per_turn, remat, unstack
 from core_flax.rotary import Rotation, rotate, rotation
-from core_flax.types import Array, UserError
+from core_flax.types import Array, Params, UserError
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class SpeedrunBlock(nn.Module):
     def __call__(
         self,
         carry: tuple[Array, KeyValueCache | None],
-        layer: Array,
+        layer: Array | int,
         mask_B1LM: Array,
         rotation: Rotation,
         row_B: Array | None,
@@ -220,6 +220,11 @@ class Speedrun(nn.Module):
         """The parameter [V, D] whose product with hidden states are the logits before the cap, for chunked losses."""
         return params["head"]["embedding"]
 
+    @nn.nowrap
+    def unstack(self, params: Params) -> Params:
+        """The parameters with the layers in parts, as decoding wants them."""
+        return {**params, "layers": unstack(params["layers"], self.config.num_layers)}
+
     def _read(
         self,
         tokens_BL: Array,
@@ -232,8 +237,17 @@ class Speedrun(nn.Module):
         x_BLD = self.dropout(normalised(self.token(tokens_BL)), row_B=row_B, deterministic=deterministic)
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         angles = rotation(positions_BL, self.config.head_width, self.config.rope_theta)
-        layers = jnp.arange(self.config.num_layers)
-        (x_BLD, cache), _ = self.layers((x_BLD, cache), layers, mask_B1LM, angles, row_B, deterministic)
+        if cache is None:
+            layers = jnp.arange(self.config.num_layers)
+            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask_B1LM, angles, row_B, deterministic)
+        else:
+            # Layer by layer rather than scanned: a scan would copy the cache of all layers for each.
+            for number in range(self.config.num_layers):
+                params = layer_params(self.layers.variables["params"], number)
+                block = SpeedrunBlock(self.config, self.dtype, parent=None)
+                (x_BLD, cache), _ = block.apply(
+                    {"params": params}, (x_BLD, cache), number, mask_B1LM, angles, row_B, deterministic
+                )
         return normalised(x_BLD), cache
 
 

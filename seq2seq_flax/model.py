@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from core_flax import sharding
 from core_flax.attention import MultiHeadAttention, SelfAttention, packing_mask, padding_mask
 from core_flax.cache import KeyValueCache, Shared, init_cache
-from core_flax.layers import Dropout, Embedding, Linear, Norm, gelu, layers_per_turn, remat
-from core_flax.types import Array
+from core_flax.layers import Dropout, Embedding, Linear, Norm, gelu, layer_params, layers_per_turn, remat, unstack
+from core_flax.types import Array, Params
 from seq2seq_flax.attention import LOOKED_AT, CrossAttention, causal_mask, cross_mask
 from seq2seq_flax.config import TransformerConfig
 
@@ -282,10 +282,15 @@ class Transformer(nn.Module):
         own = own.advance(length if num_tokens_B is None else num_tokens_B)
         return x_BLD, DecoderCache(own, cache.source)
 
+    @nn.nowrap
+    def unstack(self, params: Params) -> Params:
+        """The parameters with the decoder's layers in parts, as decoding wants them."""
+        layers = unstack(params["decoder"]["layers"], self.config.num_layers)
+        return {**params, "decoder": {**params["decoder"], "layers": layers}}
+
     def _layer(self, number: int, method: str, *arguments: Any) -> Any:
         """A method of one layer of the decoder, with its part of the stacked parameters."""
-        stacked = self.decoder.variables["params"]["layers"]
-        params = jax.tree.map(lambda x: x[number], stacked)
+        params = layer_params(self.decoder.variables["params"]["layers"], number)
         return DecoderBlock(self.config, self.dtype, parent=None).apply({"params": params}, *arguments, method=method)
 
     def _table(self, which: str) -> Embedding:

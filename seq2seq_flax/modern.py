@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from core_flax import sharding
 from core_flax.attention import SelfAttention, packing_mask, padding_mask
 from core_flax.cache import KeyValueCache, Shared, init_cache
-from core_flax.layers import Dropout, GatedFeedForward, RMSNorm, layers_per_turn, remat
+from core_flax.layers import Dropout, GatedFeedForward, RMSNorm, layer_params, layers_per_turn, remat, unstack
 from core_flax.rotary import Rotation, rotate, rotation
-from core_flax.types import Array
+from core_flax.types import Array, Params
 from seq2seq_flax.attention import LOOKED_AT, CrossAttention, causal_mask, cross_mask
 from seq2seq_flax.config import ModernConfig
 from seq2seq_flax.interface import Drawn, EncoderDecoder
@@ -208,9 +208,14 @@ class ModernTransformer(EncoderDecoder):
         own = own.advance(length if num_tokens_B is None else num_tokens_B)
         return self.decoder_norm(x_BLD), ModernCache(own, cache.source)
 
+    @nn.nowrap
+    def unstack(self, params: Params) -> Params:
+        """The parameters with the decoder's layers in parts, as decoding wants them."""
+        return {**params, "decoder": unstack(params["decoder"], self.config.num_layers)}
+
     def _layer(self, number: int, method: str, *arguments: Any) -> Any:
         """A method of one layer of the decoder, with its part of the stacked parameters."""
-        params = jax.tree.map(lambda x: x[number], self.decoder.variables["params"])
+        params = layer_params(self.decoder.variables["params"], number)
         return DecoderBlock(self.config, self.dtype, parent=None).apply({"params": params}, *arguments, method=method)
 
     def _embed(self, which: str, tokens_BL: Array) -> Array:

@@ -116,7 +116,7 @@ def test_rows_of_a_cache_and_last_tokens():
     cache = init_cache(2, 1, G, M, K, jnp.float32).write(0, normal(0, 2, M, G, K), normal(1, 2, M, G, K))
     taken = take_rows(cache.advance(jnp.array([2, 5])), jnp.array([1, 1, 0]))
     np.testing.assert_array_equal(taken.num_tokens_B, [5, 5, 2])
-    np.testing.assert_array_equal(taken.keys_BNGMK, cache.keys_BNGMK[np.array([1, 1, 0])])
+    np.testing.assert_array_equal(taken.keys[0], cache.keys[0][np.array([1, 1, 0])])
     x_BLD = normal(2, B, L, D)
     np.testing.assert_array_equal(last_token(x_BLD), x_BLD[:, -1])
     np.testing.assert_array_equal(last_token(x_BLD, jnp.array([2, 0, 5])), [x_BLD[0, 1], x_BLD[1, 0], x_BLD[2, 4]])
