@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Collection, Iterator
@@ -194,12 +195,16 @@ class LogConfig:
     """Steps between progress figures (averages over those steps)."""
     tensorboard: bool = True
     """Write TensorBoard files under WORKDIR/tensorboard, if the package tensorboard is installed."""
+    stall_seconds: float = 300.0
+    """Report a step that has not ended after so many seconds, with the stack of every thread, and again whenever that
+    time has doubled; the run goes on. Compilation, evaluation and checkpoints are not counted. 0: never."""
 
-    FREE: ClassVar = frozenset({"every_steps", "tensorboard"})
+    FREE: ClassVar = frozenset({"every_steps", "tensorboard", "stall_seconds"})
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
         check_range("log", self, "every_steps", least=1)
+        check_range("log", self, "stall_seconds", least=0)
 
 
 @dataclass(frozen=True)
@@ -287,14 +292,22 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of ``path``, or is gone. Raises UserError as ``writing`` does."""
-    partial = path.with_suffix(".tmp")
-    try:
-        with writing(path):
+    """A file to write, which then takes the place of ``path``, or is gone. Raises UserError as ``writing`` does.
+
+    What is there and is no file, such as /dev/null or a pipe, is written itself.
+    """
+    with writing(path):
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        whole = path.resolve()  # where a link leads is replaced, not the link
+        # A name that no file of the user's has, nor one that another process is writing beside it.
+        partial = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
+        try:
             yield partial
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            partial.replace(whole)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def local_folder(option: str, folder: str) -> Path:

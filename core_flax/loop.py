@@ -57,7 +57,8 @@ def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dic
         held_out = after(start, state) if _owes_evaluation(config, saver, start) else {}
         if start < config.train.num_steps:
             held_out = _steps(task, config, program, state, start, recorder, after)
-        saver.checkpoints.wait()
+        with recorder.pause("saving"):
+            saver.checkpoints.wait()
         recorder.summarize()
         return dict(held_out)
 
@@ -78,6 +79,7 @@ def _steps(
     compiled = set()
     with contextlib.closing(task.batches(start, rows)) as batches:
         for step in range(start + 1, last + 1):
+            recorder.begin(step)
             began = time.perf_counter()
             local = next(batches)
             num_rows = len(next(iter(local.values()))) * batch_size // len(rows)  # packed: not one for each example
@@ -117,7 +119,8 @@ def _after(
         with recorder.pause("saving"):
             saver.save(state, held_out, recorder.interval)
     if told and not (is_last and complete):
-        saver.checkpoints.wait()
+        with recorder.pause("saving"):
+            saver.checkpoints.wait()
         raise Interrupted(f"{told.name}: step {step} is saved; run the same command to resume")
     return held_out
 

@@ -24,6 +24,7 @@ from core_flax.state import TrainState
 from core_flax.step import Metrics, first_bad_parameter
 from core_flax.task import Evaluator, Task
 from core_flax.types import Batch
+from core_flax.watchdog import Watchdog
 
 HIDDEN = ("gradient_norm", "learning_rate")
 """Figures that are written to metrics.jsonl and TensorBoard but not shown in the progress line."""
@@ -74,6 +75,7 @@ class Recorder:
         self._ranks = {name: (-1 if each.maximize else 1, each.objective) for name, each in task.evaluators.items()}
         self._abstract_params = program.abstract_state.params
         self._squares = jax.jit(sums_of_squares)
+        self._watchdog = Watchdog(config.log.stall_seconds, jax.process_index())
         self._leads = jax.process_index() == 0  # the others compute the same figures and keep them to themselves
         self._file = MetricsFile(workdir / "metrics.jsonl")
         self._board = None
@@ -97,6 +99,7 @@ class Recorder:
 
     def close(self) -> None:
         """Ends the progress line and the files."""
+        self._watchdog.close()
         self._progress.close()
         self._file.close()
         if self._board:
@@ -110,6 +113,10 @@ class Recorder:
             f"{axes} ({self._mesh.devices.flat[0].device_kind}), batch of {self._config.train.batch_size}, "
             f"{self._config.train.num_steps} steps"
         )
+
+    def begin(self, step: int) -> None:
+        """Says that a step begins: one that does not end is reported."""
+        self._watchdog.begin(step)
 
     def record(self, step: int, metrics: Metrics, wait: float) -> None:
         """Takes a step's metrics, still being computed, and deals with those of the step before."""
@@ -187,9 +194,11 @@ class Recorder:
                 self._progress.message(f"step {step} {name}: {figures}")
         return held_out
 
-    def pause(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Time spent inside is no training time."""
-        return self._progress.pause(what)
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Time spent inside is no training time, however long it is."""
+        with self._watchdog.pause(), self._progress.pause(what):
+            yield
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._leads:

@@ -46,6 +46,7 @@ BOUNDS = [
     (CheckpointConfig, "keep_last", [1], [0], "1 or more"),
     (CheckpointConfig, "keep_best", [0], [-1], "0 or more"),
     (LogConfig, "every_steps", [1], [0], "1 or more"),
+    (LogConfig, "stall_seconds", [0.0], [-1.0], "0 or more"),
     (PretrainConfig, "seed", [0, 2**31 - 1], [-1, 2**31], "0 or more and less than 2147483648"),
     *[
         (BertConfig, name, [1], [0, -1], "1 or more")

@@ -88,10 +88,11 @@ ASIDE = {
     "checkpoint.keep_best",
     "log.every_steps",
     "log.tensorboard",
+    "log.stall_seconds",
     "inputs.num_workers",
 }
 """Settings that decide when something is measured, saved or shown, or by which process: tests of the loop, of
-checkpoints, of logs, of the feed and of examples turn them."""
+checkpoints, of logs, of the watchdog, of the feed and of examples turn them."""
 
 
 def paths(cls, prefix=""):
