@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,13 +76,33 @@ def test_one_that_is_killed_ends_the_others_and_is_named(killed):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in family.values())
 
 
-def test_a_run_that_lost_a_process_goes_on_with_one(killed, bert_flax, finished_run):
+def test_a_run_that_lost_a_process_goes_on_with_one(killed, bert_flax, tmp_path):
     """On other devices, from the newest checkpoint, as the run that never stopped."""
-    workdir = killed[0]
-    again = bert_flax.run(*bert_flax.pretrain(workdir, train__num_steps=6))
-    assert again.returncode == 0 and again.stderr == ""
-    assert "resumes at step" in again.stdout or "nothing to train" in again.stdout
-    assert losses(workdir) == pytest.approx(losses(finished_run), abs=1e-5)
+    workdir, whole = killed[0], tmp_path / "whole"
+    saved, last = list_steps(workdir / "checkpoints")[-1], max(losses(workdir)) + 4
+    again, never = (bert_flax.run(*bert_flax.pretrain(each, train__num_steps=last)) for each in (workdir, whole))
+    assert (again.returncode, again.stderr) == (never.returncode, never.stderr) == (0, "")
+    assert f"resumes at step {saved}: " in again.stdout and saved <= last - 4
+    assert sorted(losses(workdir)) == list(range(1, last + 1))
+    assert losses(workdir) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def test_without_a_launcher_the_others_end_and_name_the_one_that_was_killed(bert_flax, tmp_path):
+    """As on a cluster: nobody but the processes themselves watches over them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+    command, pipes = training(bert_flax, tmp_path, **LONG), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    envs = [os.environ | job | flags | {"JAX_PROCESS_ID": str(number)} for number in range(2)]
+    with Process(command, env=envs[0], text=True, **pipes) as first, Process(command, env=envs[1]) as second:
+        wait_for(first, "step 3/")
+        second.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        _, err = first.communicate(timeout=SECONDS)
+    assert time.monotonic() - began < 60
+    assert first.returncode == -signal.SIGABRT
+    assert re.search(r"The following tasks are unhealthy \(stopped sending heartbeats\):\n1\n", err), err
 
 
 def test_a_signal_to_one_makes_all_save_the_same_step(bert_flax, tmp_path):
