@@ -19,7 +19,6 @@ from core_flax.config import check_range, local_folder
 from core_flax.data import corpora, folder, records
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
-from core_flax.lock import only_writer
 from core_flax.signals import Stopped
 from core_flax.text import wordpiece
 from core_flax.text.sentences import SentenceMode, split_sentences
@@ -32,8 +31,6 @@ _OWN_FILES = re.compile(
     r"(train|valid)-\d{5}(-of-\d{5})?\.arrayrecord(\.partial)?|(train|valid)\.(index|unigram)\.(npy|partial)|"
     r"vocab\.txt|manifest\.json(\.partial)?|prepare\.lock"
 )
-_OWN_MARKS = re.compile(r"prepare\.lock|.*\.partial|(train|valid)\.index\.npy")
-"""Files are ours by these beside them: a vocab.txt alone is the user's."""
 
 
 @dataclass(frozen=True)
@@ -99,23 +96,18 @@ def prepare(config: PrepareConfig) -> records.Manifest:
     directory = local_folder("--output", config.output)
     vocabulary = _check(config)
     settings = _settings(config, vocabulary)
+    own_files = folder.OwnFiles(_OWN_FILES, [*config.input, config.vocab or ""])
     if (directory / folder.MANIFEST).exists():
-        return _replace(config) if config.overwrite else _already_prepared(directory, settings)
-    with _sigterm_raises(), _own_folder(config):
-        try:
-            if vocabulary is None:
-                vocabulary = _train_vocabulary(config)
-            vocabulary.save(directory / records.VOCAB)
-            return _encode(config, vocabulary, settings, directory)
-        except OSError as error:
-            raise UserError(f"cannot write {directory}: {error.strerror or error}; free space and run again") from error
-
-
-def _replace(config: PrepareConfig) -> records.Manifest:
-    directory = Path(config.output)
-    for each in filter(Path.exists, (directory, directory.with_name(f"{directory.name}.old"))):
-        _refuse_others(config, each)
-    return folder.replace(directory, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False)))
+        if not config.overwrite:
+            return _already_prepared(directory, settings)
+        return folder.replace(
+            directory, own_files, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False))
+        )
+    with _sigterm_raises(), folder.own_folder(directory, own_files):
+        if vocabulary is None:
+            vocabulary = _train_vocabulary(config)
+        vocabulary.save(directory / records.VOCAB)
+        return _encode(config, vocabulary, settings, directory)
 
 
 def _check(config: PrepareConfig) -> WordPiece | None:
@@ -130,6 +122,8 @@ def _check(config: PrepareConfig) -> WordPiece | None:
     corpora.stored_bytes(config.input)
     if config.vocab is None:
         return None
+    if config.vocab_sample_mb != PrepareConfig.vocab_sample_mb:
+        raise UserError("--vocab-sample-mb is for a vocabulary that is trained: it does not go with --vocab")
     vocabulary = WordPiece.load(config.vocab, config.lowercase)
     if config.vocab_size not in (PrepareConfig.vocab_size, vocabulary.num_tokens):
         raise UserError(
@@ -185,45 +179,6 @@ def _sigterm_raises() -> Iterator[None]:
         raise Terminated("terminated; nothing is left of this run") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _own_folder(config: PrepareConfig) -> Iterator[None]:
-    """Make the folder, for this process alone, empty of what an earlier run left; on an error, empty it again."""
-    directory = Path(config.output)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _refuse_others(config, directory)
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-    refusal = f"another prepare is writing to {directory}; wait for it or take another folder"
-    with only_writer(directory / folder.LOCK, refusal):
-        _clear(directory)
-        try:
-            yield
-        except BaseException:
-            _clear(directory)
-            raise
-
-
-def _refuse_others(config: PrepareConfig, directory: Path) -> None:
-    """Refuses a folder with files that are not ours, or that are to be read: ours will be removed."""
-    names = sorted(path.name for path in directory.iterdir())
-    marked = any(map(_OWN_MARKS.fullmatch, names))
-    foreign = [name for name in names if not (marked and _OWN_FILES.fullmatch(name))]
-    if foreign:
-        raise UserError(f"{directory} holds other files ({foreign[0]}); give an empty or a new folder as --output")
-    for name in filter(os.path.exists, [*config.input, config.vocab or ""]):
-        path = Path(name)
-        if directory.resolve() in (path.resolve().parent, path.parent.resolve()):
-            raise UserError(f"{name} is to be read, but lies in {directory}, which is emptied; give another --output")
-
-
-def _clear(directory: Path) -> None:
-    (directory / folder.MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
-    for path in directory.iterdir():
-        if path.name != folder.LOCK:
-            path.unlink()
 
 
 def _read(config: PrepareConfig, title: str) -> Iterator[Part]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from core_flax.config import check_range
+from core_flax.config import check_range, local_folder
 from core_flax.data import corpora, folder
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
@@ -86,16 +86,17 @@ def prepare(config: PrepareConfig) -> Manifest:
     Raises:
       UserError: the input or the settings cannot be used, or the output folder holds something else.
     """
-    tokenizer = _check(config)
+    directory, tokenizer = local_folder("--output", config.output), _check(config)
     settings = _settings(config, tokenizer)
-    directory = Path(config.output)
+    given = [] if tokenizer is None else [config.tokenizer]
+    own_files = folder.OwnFiles(_OWN_FILES, [*config.input, *config.valid, *given])
     if (directory / folder.MANIFEST).exists():
         if not config.overwrite:
             return _already_prepared(directory, settings)
         return folder.replace(
-            directory, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False))
+            directory, own_files, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False))
         )
-    with folder.own_folder(directory, _OWN_FILES):
+    with folder.own_folder(directory, own_files):
         text = _Text(config)
         tokenizer = tokenizer or _learn(config, text)
         tokenizer.save(directory / tokenizer.file)
@@ -111,7 +112,11 @@ def _check(config: PrepareConfig) -> Tokenizer | None:
         raise UserError("--documents and --document-start apply to plain text, and no input is plain text")
     if config.document_start is not None and config.documents != "file":
         raise UserError("--document-start takes the place of --documents; give one of them")
+    if config.valid and (config.valid_fraction not in (PrepareConfig.valid_fraction, 0) or config.held_out != "end"):
+        raise UserError("--valid-fraction and --held-out say what of --input is held out: not with --valid")
     corpora.stored_bytes((*config.input, *config.valid))
+    if config.tokenizer not in ("bpe", "sentencepiece") and config.vocab_sample_mb != PrepareConfig.vocab_sample_mb:
+        raise UserError("--vocab-sample-mb is for --tokenizer bpe and sentencepiece, which learn from a sample")
     if config.tokenizer == "char" and config.vocab_size is not None:
         raise UserError(
             "--vocab-size does not apply to --tokenizer char, which has the text's characters; leave it out"
@@ -120,8 +125,6 @@ def _check(config: PrepareConfig) -> Tokenizer | None:
         return None
     if not Path(config.tokenizer).exists():
         raise UserError(f"--tokenizer {config.tokenizer} is no file; give one, or {', '.join(KINDS)}")
-    if Path(config.output).resolve() in (Path(config.tokenizer).resolve(), Path(config.tokenizer).resolve().parent):
-        raise UserError(f"{config.tokenizer} lies in {config.output}, which is emptied; give another --output")
     found = tokenizers.load(config.tokenizer)
     if config.vocab_size not in (None, found.num_tokens):
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from core_flax.config import check_range
+from core_flax.config import check_range, local_folder
 from core_flax.data import folder
 from core_flax.text import sentencepiece_model
 from core_flax.text.sentencepiece_model import Algorithm, SentencePiece
@@ -110,28 +110,39 @@ def prepare(config: PrepareConfig) -> Manifest:
     Raises:
       UserError: the input or the settings cannot be used, or the output folder holds something else.
     """
-    inputs, tokenizer = _inputs(config), None
-    if config.tokenizer is not None:
-        tokenizer = SentencePiece.load(config.tokenizer)
-        if config.vocab_size not in (PrepareConfig.vocab_size, tokenizer.num_tokens):
-            raise UserError(
-                f"--vocab-size {config.vocab_size} contradicts --tokenizer {config.tokenizer}, which has "
-                f"{tokenizer.num_tokens} pieces; leave one out"
-            )
+    directory, inputs, tokenizer = local_folder("--output", config.output), _inputs(config), _given_tokenizer(config)
     settings = _settings(config, inputs, tokenizer)
-    directory = Path(config.output)
+    names = [name for texts in inputs.texts.values() for text in texts for name in text.names]
+    own_files = folder.OwnFiles(_OWN_FILES, [*names, config.tokenizer or ""])
     if (directory / folder.MANIFEST).exists():
         if not config.overwrite:
             return _already_prepared(directory, settings)
         return folder.replace(
-            directory, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False))
+            directory, own_files, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False))
         )
-    with folder.own_folder(directory, _OWN_FILES):
+    with folder.own_folder(directory, own_files):
         if tokenizer is None:
             tokenizer = _train_tokenizer(config, inputs)
         tokenizer = tokenizer.with_languages(inputs.target_languages)
         tokenizer.save(directory / TOKENIZER)
         return _encode(config, inputs, tokenizer, settings, directory)
+
+
+def _given_tokenizer(config: PrepareConfig) -> SentencePiece | None:
+    """That of --tokenizer, if there is one. Raises UserError on settings for one that is trained."""
+    if config.tokenizer is None:
+        return None
+    for name in ("model", "character_coverage", "vocab_sample_mb"):
+        if getattr(config, name) != getattr(PrepareConfig, name):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is for a vocabulary that is trained: it does not go with --tokenizer")
+    tokenizer = SentencePiece.load(config.tokenizer)
+    if config.vocab_size not in (PrepareConfig.vocab_size, tokenizer.num_tokens):
+        raise UserError(
+            f"--vocab-size {config.vocab_size} contradicts --tokenizer {config.tokenizer}, which has "
+            f"{tokenizer.num_tokens} pieces; leave one out"
+        )
+    return tokenizer
 
 
 def _inputs(config: PrepareConfig) -> _Inputs:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ from core_flax.types import UserError
 
 MANIFEST = "manifest.json"
 LOCK = "prepare.lock"
+_MARKS = re.compile(r"prepare\.lock|.*\.partial|(train|valid)\.(index|ends)\.npy")
+"""Files are ours by these beside them: a vocab.txt alone is the user's."""
 
 T = TypeVar("T")
 
@@ -76,36 +80,73 @@ def read_manifest(directory: str | Path, kind: str | None, format: int, make: Ca
         raise UserError(f"{path} is damaged ({error}); run prepare again with --overwrite") from error
 
 
+@dataclass(frozen=True)
+class OwnFiles:
+    """Which files of a folder prepare may remove.
+
+    Attributes:
+      names: what those that it writes are called.
+      read: inputs and the like that must not be among them; names of what is no file are fine.
+    """
+
+    names: re.Pattern[str]
+    read: Sequence[str]
+
+    def refuse_others(self, directory: Path) -> None:
+        """Raises UserError at a file that is not ours, or that is to be read: ours will be removed."""
+        names = sorted(path.name for path in directory.iterdir())
+        marked = any(map(_MARKS.fullmatch, names))
+        foreign = [name for name in names if not (marked and self.names.fullmatch(name))]
+        if foreign:
+            raise UserError(f"{directory} holds other files ({foreign[0]}); give an empty or a new folder as --output")
+        for name in filter(os.path.exists, self.read):
+            path = Path(name)
+            if directory.resolve() in (path.resolve(), path.resolve().parent, path.parent.resolve()):
+                raise UserError(
+                    f"{name} is to be read, but lies in {directory}, which is emptied; give another --output"
+                )
+
+
 @contextmanager
-def own_folder(directory: Path, own_files: re.Pattern[str]) -> Iterator[None]:
-    """Make the folder, for this process alone, empty of what an earlier run left.
+def own_folder(directory: Path, own_files: OwnFiles) -> Iterator[None]:
+    """Make the folder, for this process alone, empty of what an earlier run left; on an error, empty it again.
 
     Raises:
-      UserError: it holds files whose names ``own_files`` does not match, another process writes to it, or the disk
-        refuses.
+      UserError: it holds files of others, or that are to be read; another process writes to it; the disk refuses.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(path.name for path in directory.iterdir() if not own_files.fullmatch(path.name))
+        own_files.refuse_others(directory)
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-    if foreign:
-        raise UserError(f"{directory} holds other files ({foreign[0]}); give an empty or a new folder as --output")
     refusal = f"another prepare is writing to {directory}; wait for it or take another folder"
     with only_writer(directory / LOCK, refusal):
-        (directory / MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
-        for path in directory.iterdir():
-            if path.name != LOCK:
-                path.unlink()
+        _clear(directory)
         try:
             yield
-        except OSError as error:
+        except BaseException as error:
+            _clear(directory)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"cannot write {directory}: {error.strerror or error}; free space and run again") from error
 
 
-def replace(directory: Path, prepare: Callable[[Path], T]) -> T:
-    """Prepare beside a complete folder and put the new one in its place: bad input loses nothing."""
+def _clear(directory: Path) -> None:
+    (directory / MANIFEST).unlink(missing_ok=True)  # first of all: from here on nothing is complete
+    for path in directory.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+
+
+def replace(directory: Path, own_files: OwnFiles, prepare: Callable[[Path], T]) -> T:
+    """Prepare beside a complete folder and put the new one in its place: bad input loses nothing.
+
+    Raises:
+      UserError: the folder, or one beside it that would be removed, holds files of others, or that are to be read.
+    """
     new, old = (directory.with_name(f"{directory.name}.{which}") for which in ("new", "old"))
+    for each in filter(Path.exists, (directory, new, old)):
+        own_files.refuse_others(each)
     (new / MANIFEST).unlink(missing_ok=True)  # of a run that was interrupted before it could move it
     made = prepare(new)
     if old.exists():

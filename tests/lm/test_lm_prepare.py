@@ -145,7 +145,7 @@ def test_an_interrupted_run_is_not_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "write_manifest", fail)
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path)
-    with pytest.raises(UserError, match="not complete"):
+    with pytest.raises(UserError, match="data is missing"):
         TokenStore(tmp_path / "data", "train")
     monkeypatch.undo()
     assert made(tmp_path)[1].splits["train"].tokens == len(TEXT)
@@ -160,6 +160,9 @@ def test_an_interrupted_run_is_not_complete(tmp_path, monkeypatch):
         ({"tokenizer": "sentencepiece", "vocab_size": 5000}, "--vocab-size 5000 cannot be had"),
         ({"documents": "blank-line", "document_start": "x"}, "takes the place of --documents"),
         ({"valid_fraction": 0.9}, "--valid-fraction 0.9"),
+        ({"valid": ("x",), "valid_fraction": 0.2}, "not with --valid"),
+        ({"valid": ("x",), "valid_fraction": 0.1, "held_out": "documents"}, "not with --valid"),
+        ({"vocab_sample_mb": 5.0}, "--vocab-sample-mb is for --tokenizer bpe and sentencepiece"),
     ],
     ids=str,
 )
@@ -177,8 +180,11 @@ def test_an_empty_text_and_a_damaged_folder_are_refused(tmp_path):
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train\.tokens has \d+ bytes instead of"):
         TokenStore(home, "train")
-    with pytest.raises(UserError, match=r"lies in .*, which is emptied"):
-        made(tmp_path, name="whole", tokenizer=str(home / "tokenizer.json"))
+    before = tokens.read_bytes()
+    for settings in ({"tokenizer": str(home / "tokenizer.json")}, {"tokenizer": str(home)}, {"valid": (str(tokens),)}):
+        with pytest.raises(UserError, match=r"is to be read, but lies in .*whole, which is emptied"):
+            made(tmp_path, name="whole", overwrite=True, **settings)
+    assert tokens.read_bytes() == before
     other = Path(home / "tokenizer.json")
     other.write_text(other.read_text().replace("F", "G"))
     with pytest.raises(UserError, match="not the tokenizer"):

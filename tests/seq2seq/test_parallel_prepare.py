@@ -214,6 +214,11 @@ LATIN1 = "Straße\n".encode("latin-1")
             r"--max-ratio 0.5: must be 1",
         ),
         ({"a": b"x\n", "b": b"y\n"}, ["--train", "a", "b", "--tokenizer", "a"], r"a is no SentencePiece model"),
+        (
+            {"a": b"x\n", "b": b"y\n"},
+            ["--train", "a", "b", "--tokenizer", "a", "--model", "unigram"],
+            r"--model is for a vocabulary that is trained: it does not go with --tokenizer",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, call, files, arguments, says):
@@ -225,6 +230,35 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, call, files, arguments, sa
     assert code == 2 and err.count("\n") == 1, err
     assert re.search(says, err), err
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("what", ["train", "tokenizer"])
+def test_what_is_to_be_read_is_not_cleared(tmp_path, what):
+    """Not even beside leftovers of ours, under a name of ours."""
+    out, files = tmp_path / "out", write_files(tmp_path)
+    prepare(configure(tmp_path, train=tuple(files), output=str(tmp_path / "other")))
+    out.mkdir()
+    (out / "train.index.partial").write_text("half")
+    (out / "tokenizer.model").write_bytes((tmp_path / "other" / "tokenizer.model").read_bytes())
+    given = str(out / "tokenizer.model")
+    before = contents(out)
+    settings = {"train": (given, given)} if what == "train" else {"train": tuple(files), "tokenizer": given}
+    with pytest.raises(UserError, match=r"tokenizer.model is to be read, but lies in .*out, which is emptied"):
+        prepare(configure(tmp_path, **settings))
+    assert contents(out) == before
+
+
+def test_a_failed_run_leaves_nothing(tmp_path):
+    (tmp_path / "a").write_text("x\n" * 40 + "\n")
+    with pytest.raises(UserError, match="a:41: the source of the pair is empty"):
+        prepare(configure(tmp_path, train=(str(tmp_path / "a"), write_files(tmp_path, 41)[1]), vocab_size=60))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("output", "says"), [("", "--output is empty"), ("gs://here/data", "only local folders")])
+def test_outputs_that_are_no_folder(tmp_path, output, says):
+    with pytest.raises(UserError, match=says):
+        prepare(configure(tmp_path, train=tuple(write_files(tmp_path)), output=output))
 
 
 def test_a_damaged_or_foreign_folder(tmp_path):
