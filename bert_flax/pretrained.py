@@ -4,6 +4,7 @@ An imported folder has config.json, vocab.txt and one checkpoint, as a run's has
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,23 @@ def _load_imported(folder: Path, step: int | None) -> Pretrained:
         raise UserError(f"{folder / VOCAB} is not the vocabulary that was imported; import the model again")
     params, step = load_params(folder / CHECKPOINTS, step)
     arrays = _arrays(params)
-    head = _head(stored["head"], arrays.pop(HEAD)) if stored["head"] else None
+    about = configs.load_config(path, _AboutHead, stored, "head") if stored["head"] else None
+    head = _head(about, arrays.pop(HEAD)) if about else None
     config = configs.load_config(path, BertConfig, stored)
     return Pretrained(config, arrays, vocabulary, _report(arrays, step), head)
 
 
-def _head(about: Mapping[str, Any], layer: Mapping[str, Any]) -> TaskHead:
-    labels = about["labels"]
-    return TaskHead(about["architecture"], layer["kernel"], layer["bias"], None if labels is None else tuple(labels))
+@dataclass(frozen=True)
+class _AboutHead:
+    """What config.json says of the head of an imported model."""
+
+    architecture: str
+    labels: tuple[str, ...] | None
+
+
+def _head(about: _AboutHead, layer: Mapping[str, Any]) -> TaskHead:
+    labels = None if about.labels is None else tuple(about.labels)
+    return TaskHead(about.architecture, layer["kernel"], layer["bias"], labels)
 
 
 def _load_run(folder: Path, step: int | None) -> Pretrained:

@@ -14,7 +14,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -158,8 +158,10 @@ class MeshConfig:
     """Ways the batch and also parameters and optimizer state are split."""
     tensor: int = 1
     """Ways heads, feed-forward and vocabulary are split."""
+    zero1: bool = False
+    """Split optimizer state over data as well, where parameters are whole (ZeRO-1): less memory, the same run."""
 
-    FREE: ClassVar = frozenset({"data", "fsdp", "tensor"})
+    FREE: ClassVar = frozenset({"data", "fsdp", "tensor", "zero1"})
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
@@ -260,7 +262,10 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
             value = from_dict(hints[name], value, f"{where}{name}.")
         elif not _is_a(hints[name], value):
             raise UserError(f"{where}{name} is {value!r}, where {_describe(hints[name])} is wanted")
-        inner[name] = value
+        inner[name] = tuple(value) if typing.get_origin(hints[name]) is tuple else value
+    for field in dataclasses.fields(cls):
+        if field.name not in inner and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}{field.name} is missing")
     return cls(**inner)
 
 
@@ -270,6 +275,10 @@ def _is_a(hint: Any, value: Any) -> bool:
         return any(_is_a(each, value) for each in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:  # of any number of values of one type; a list in JSON
+        return isinstance(value, list) and all(_is_a(typing.get_args(hint)[0], each) for each in value)
+    if typing.get_origin(hint) is Mapping:
+        return isinstance(value, dict) and all(_is_a(typing.get_args(hint)[1], each) for each in value.values())
     if hint in (int, float):  # JSON writes 1.0 and 1, and neither is a bool, which Python takes for an int
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -358,10 +367,14 @@ def load(path: Path, kinds: str | Collection[str], **extra: type) -> dict[str, A
     return stored
 
 
-def load_config(path: Path, cls: type, stored: dict[str, Any]) -> Any:
-    """The settings in what ``load`` returned. Raises UserError that names the file if they are not those of ``cls``."""
+def load_config(path: Path, cls: type, stored: dict[str, Any], name: str = "config") -> Any:
+    """The settings in what ``load`` returned, or another part of it that a dataclass describes.
+
+    Raises:
+      UserError: they are not those of ``cls``; the text names the file.
+    """
     try:
-        return from_dict(cls, stored["config"])
+        return from_dict(cls, stored[name], "" if name == "config" else f"{name}.")
     except UserError as error:
         raise UserError(f"{path}: {error}; restore it or start in a new workdir") from error
 

@@ -101,8 +101,8 @@ class Result:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            return configs.from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, UserError) as error:
             raise UserError(f"{path} is damaged; delete it, and run the same bert-flax finetune again") from error
 
     def save(self, folder: Path) -> None:
@@ -130,11 +130,8 @@ class FinetuneRun:
         if vocabulary.fingerprint != stored["tokenizer"]:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
         config = configs.load_config(path, FinetuneConfig, stored)
-        try:
-            task = TaskChoice(**stored["task"] | {"labels": tuple(stored["task"]["labels"])})
-            return cls(folder, config, task, vocabulary, Origin(**stored["origin"]))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: task or origin is damaged; restore it or start in a new workdir") from error
+        task = configs.load_config(path, TaskChoice, stored, "task")
+        return cls(folder, config, task, vocabulary, configs.load_config(path, Origin, stored, "origin"))
 
     def save(self) -> None:
         """Writes vocabulary and settings; config.json last, since it makes the folder a run."""

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import typing
+from collections.abc import Mapping
 
 import pytest
 
@@ -130,6 +132,67 @@ def test_settings_of_another_kind_are_refused(values, message):
     with pytest.raises(UserError) as caught:
         configs.from_dict(RunConfig, values)
     assert str(caught.value).startswith(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    name: str
+    labels: tuple[str, ...] = ()
+    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def test_lists_and_objects():
+    whole = Parts("x", ("a", "b"), {"f1": 1})
+    assert configs.from_dict(Parts, json.loads(json.dumps(configs.to_dict(whole)))) == whole
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "name is missing"),
+        ({"name": ["x"]}, "name is ['x'], where str is wanted"),
+        ({"name": "x", "labels": "ab"}, "labels is 'ab', where tuple is wanted"),
+        ({"name": "x", "labels": ["a", 1]}, "labels is ['a', 1]"),
+        ({"name": "x", "figures": {"f1": "1"}}, "figures is {'f1': '1'}, where "),
+        ({"name": "x", "figures": [1]}, "figures is [1]"),
+    ],
+    ids=str,
+)
+def test_lists_and_objects_of_another_kind_are_refused(values, message):
+    with pytest.raises(UserError) as caught:
+        configs.from_dict(Parts, values)
+    assert str(caught.value).startswith(message)
+
+
+# Files that take the place of others
+
+
+def test_a_file_is_replaced_and_nothing_beside_it(tmp_path):
+    """Whatever the names: neither a file that is called like a temporary one, nor the way to a linked file."""
+    (tmp_path / "out.tmp").write_text("years of work")
+    (tmp_path / "link").symlink_to(tmp_path / "out.de")
+    for name in ("link", "out.tmp"):
+        with configs.replacing(tmp_path / name) as partial:
+            partial.write_text(f"new {name}")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "out.de").read_text() == "new link"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out.de", "out.tmp"]
+    assert (tmp_path / "out.tmp").read_text() == "new out.tmp"
+    with pytest.raises(RuntimeError), configs.replacing(tmp_path / "out.de") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "out.de").read_text() == "new link" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_is_no_file_is_written_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with configs.replacing(pipe) as partial:
+        partial.write_text("through")
+    assert os.read(reader, 99) == b"through" and pipe.is_fifo()
+    os.close(reader)
+    with pytest.raises(UserError, match="could not be written: Is a directory"), configs.replacing(tmp_path) as partial:
+        partial.write_text("x")
 
 
 # Options that were given

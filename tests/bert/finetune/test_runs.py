@@ -130,16 +130,22 @@ def test_of_several_seeds_the_best_one(tmp_path):
     assert best_run(str(tmp_path / "rte" / "seed-2")).config.seed == 2
     with pytest.raises(UserError, match=r"holds no complete run of kind .*; give one of its folders rte"):
         best_run(str(tmp_path))
-    (tmp_path / "rte" / "seed-1" / "result.json").write_text("{")
-    with pytest.raises(UserError, match=r"seed-1/result\.json is damaged; delete it"):
-        best_run(str(tmp_path / "rte"))
+    result = tmp_path / "rte" / "seed-1" / "result.json"
+    for damaged in ("{", "[]", json.dumps(json.loads(result.read_text()) | {"best": 5})):
+        result.write_text(damaged)
+        with pytest.raises(UserError, match=r"seed-1/result\.json is damaged; delete it"):
+            best_run(str(tmp_path / "rte"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": {"name": "rte"}}, "task or origin is damaged"),
-        ({"origin": {"data": "x"}}, "task or origin is damaged"),
+        ({"task": {}}, "task.name is missing"),
+        ({"task": {"name": ["rte"]}}, "task.name is ['rte'], where str is wanted"),
+        ({"task": {"name": "mine", "columns": 5}}, "task.columns is 5, where str is wanted"),
+        ({"task": {"name": "mine", "labels": "ab"}}, "task.labels is 'ab'"),
+        ({"origin": {"data": "x"}}, "origin.data_content is missing"),
+        ({"origin": {"data": {}}}, "origin.data is {}, where str is wanted"),
         ({"origin": "x"}, "origin is 'x', where dict is wanted"),
         ({"config": {"inputs": {"max_length": 8}}}, "--inputs.max-length 8: must be 16 or more"),
         ({"tokenizer": "x"}, "is not the vocabulary that this run was started with"),
