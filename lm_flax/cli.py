@@ -7,7 +7,6 @@ from typing import Any
 import tyro
 
 from core_flax import cli
-from core_flax.compilation import keep_compiled_programs
 from core_flax.memory import keep_freed_memory
 
 PROG = "lm-flax"
@@ -18,7 +17,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from core_flax.logs import quiet_libraries
 
     quiet_libraries()
-    keep_compiled_programs()
     cli.main(
         PROG,
         {

@@ -10,6 +10,7 @@ import numpy as np
 
 from core_flax import decode
 from core_flax.config import check_range
+from core_flax.data import corpora
 from core_flax.hardware import compute_dtype
 from core_flax.run import Run
 from core_flax.sampling import GREEDY, Sampling
@@ -91,16 +92,17 @@ class Continuation:
         check_range("", self, "seed", least=0, below=2**31)
 
 
-def check_prompts(generator: Generator, prompts: Sequence[np.ndarray], how: Continuation) -> None:
+def check_prompts(generator: Generator, prompts: Sequence[np.ndarray], where: Sequence[str], how: Continuation) -> None:
     """Raises UserError if a prompt and what is to come exceed the context and that is to be refused."""
-    longest = max(map(len, prompts))
-    # The last token that is generated is not read again.
-    needed = longest + how.max_new_tokens - 1
-    if generator.context is not None and needed > generator.context and how.long == "refuse":
-        raise UserError(
-            f"a prompt of {longest} tokens and --max-new-tokens {how.max_new_tokens} exceed the {generator.context} "
-            "tokens that the model can take; give less of either, or --long slide, which forgets the oldest"
-        )
+    for prompt, place in zip(prompts, where, strict=True):
+        # The last token that is generated is not read again.
+        needed = len(prompt) + how.max_new_tokens - 1
+        if generator.context is not None and needed > generator.context and how.long == "refuse":
+            raise UserError(
+                f"{place}: {len(prompt)} tokens and --max-new-tokens {how.max_new_tokens} exceed the "
+                f"{generator.context} tokens that the model can take; give less of either, or --long slide, which "
+                "forgets the oldest"
+            )
 
 
 def continue_texts(
@@ -234,7 +236,7 @@ class GenerateCommand:
     prompt: str | None = None
     """Text to continue; None: begin a text of one's own."""
     prompts: str | None = None
-    """File of texts to continue instead, one a line."""
+    """File of texts to continue instead, one a line (also .gz)."""
     max_new_tokens: int = 256
     """Tokens to add at most; the end of a document ends a text before."""
     temperature: float = 1.0
@@ -285,7 +287,7 @@ def run_command(command: GenerateCommand, run: Run[Any], tokenizer: Tokenizer) -
     generator = Generator.of(run, tokenizer, command.step)
     named = [f"{command.prompts}:{line}" for line in range(1, len(texts) + 1)] if command.prompts else ["--prompt"]
     prompts = [generator.encode(text, where) for text, where in zip(texts, named, strict=True)]
-    check_prompts(generator, prompts, how)
+    check_prompts(generator, prompts, named, how)
     jobs = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) for _ in range(command.num_samples)]
     if len(jobs) == 1:
         print(texts[0], end="", flush=True)
@@ -303,11 +305,7 @@ def run_command(command: GenerateCommand, run: Run[Any], tokenizer: Tokenizer) -
 
 
 def _read_prompts(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    lines = [text for _, text in corpora.read_lines(path)]
     if not lines:
         raise UserError(f"{path} holds no prompts; write one a line")
     return lines

@@ -62,7 +62,8 @@ class WindowBatches:
     ) -> None:
         if len(tokens_T) < config.length:
             raise UserError(
-                f"the text has {len(tokens_T)} tokens, a row {config.length}: prepare more text or set --inputs.length"
+                f"the text has {len(tokens_T)} tokens, a row {config.length}: prepare more text or set "
+                "--inputs.length lower"
             )
         self._tokens_T, self._ends, self._config = tokens_T, ends, config
         self._seed, self._batch_size = seed, batch_size

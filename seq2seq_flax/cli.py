@@ -89,6 +89,8 @@ class Nothing:
 
 def _train(argv: Sequence[str]) -> None:
     keep_freed_memory()  # before jax is imported
+    import jax
+
     from core_flax.distributed import join
     from seq2seq_flax.evaluate import EvaluateCommand, print_numbers
     from seq2seq_flax.presets import PRESETS
@@ -97,7 +99,8 @@ def _train(argv: Sequence[str]) -> None:
     asked = cli.parse_preset(PRESETS, command_of, "numbers_demo", argv, f"{PROG} train", "trains a model")
     join()
     run = train(*asked)
-    print_numbers(run, EvaluateCommand(workdir=str(run.workdir)))
+    if jax.process_index() == 0:
+        print_numbers(run, EvaluateCommand(workdir=str(run.workdir)))
 
 
 def _evaluate(argv: Sequence[str]) -> None:

@@ -27,6 +27,10 @@ from seq2seq_flax.runs import held_out_of, load_run, open_data
 from seq2seq_flax.task import make_task
 from seq2seq_flax.translate import Translator
 
+_MODEL = ("input", "output", "target_lang", "data", "step")
+_TRANSLATIONS = ("output", "target_lang", "tokenize", "lowercase")
+_SEARCH = ("beam_size", "length_penalty", "batch_size", "long")
+
 
 @dataclass(frozen=True)
 class EvaluateCommand:
@@ -68,14 +72,28 @@ class EvaluateCommand:
         if (self.workdir is None) == (self.hypotheses is None):
             raise UserError("give --workdir, to score a model, or --hypotheses, to score a file: one of them")
         if self.hypotheses is not None:
-            wrong = [name for name in ("input", "output", "target_lang", "data", "step") if getattr(self, name)]
-            if wrong:
-                raise UserError(f"--{wrong[0].replace('_', '-')} is about a model: it does not go with --hypotheses")
+            self._refuse("is about a model: it does not go with --hypotheses", *_MODEL, *_SEARCH)
             if self.reference is None:
                 raise UserError("--reference must be given: what the hypotheses are compared with")
         elif (self.input is None) != (self.reference is None):
             missing = "--input" if self.input is None else "--reference"
             raise UserError(f"{missing} must be given: a model is scored by --input and --reference together")
+        elif self.input is None:
+            self._refuse("is about translations: it goes with --input and --reference", *_TRANSLATIONS)
+        if self.output is not None:
+            read = [Path(name).resolve() for name in (self.input, self.reference) if name is not None]
+            if Path(self.output).resolve() in read:
+                raise UserError(f"--output {self.output} is to be read; give another file")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        """Raises UserError if one of these options has been given."""
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"--{name.replace('_', '-')} {why}")
+
+    def refuse_search(self) -> None:
+        """Raises UserError if it is said how to translate, where nothing is."""
+        self._refuse("is about translations: it goes with --input and --reference", *_SEARCH)
 
     @property
     def search(self) -> BeamSearch:
@@ -143,10 +161,14 @@ def evaluate(command: EvaluateCommand) -> None:
     if command.input is not None and command.reference is not None:
         sources, references = _read(command.input, command.reference, may_be_empty=False)
     imported = kind_of(local_folder("--workdir", command.workdir)) == pretrained.KIND
+    if imported and command.data is not None:
+        raise UserError(f"--data {command.data}: {command.workdir} is an imported model, whose tokens are others")
     if not imported:
         run, tokenizer = load_run(command.workdir)
         print_held_out(run, tokenizer, command.data, command.step)
         if not sources:
+            if numbers.held_out_files(run.data) is None:
+                command.refuse_search()
             print_numbers(run, command)
     elif not sources:
         raise UserError(

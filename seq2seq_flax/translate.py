@@ -79,6 +79,10 @@ class TranslateCommand:
             if getattr(self, name) != getattr(type(self), name):
                 without = "does not go with" if self.sample else "goes with"
                 raise UserError(f"--{name.replace('_', '-')} {without} --sample")
+        if self.sample and not self.temperature and (self.top_k, self.top_p, self.min_p) != (None, None, None):
+            raise UserError("--temperature 0 takes the most probable token; leave out --top-k, --top-p and --min-p")
+        if self.output.endswith(".gz"):
+            raise UserError(f"--output {self.output}: text is written as it is; give a name without .gz")
         if self.input != "-" and Path(self.input).resolve() == Path(self.output).resolve():
             raise UserError("--input and --output must be different files")
         _ = self.search  # refuses what is out of range

@@ -200,10 +200,12 @@ def test_a_window_slides_over_what_is_too_long():
         read.append(token)
         if len(read) > 16:  # the seventeenth is not read any more: it begins the next round
             read = read[-8:]
-    with pytest.raises(UserError, match="a prompt of 6 tokens and --max-new-tokens 12 exceed the 16 tokens"):
-        check_prompts(made, PROMPTS, Continuation(12))
-    check_prompts(made, PROMPTS, Continuation(11))
-    check_prompts(generator("conv"), PROMPTS, Continuation(1000))
+    where = [f"file:{number}" for number in range(len(PROMPTS))]
+    longest = where[np.argmax([len(prompt) for prompt in PROMPTS])]
+    with pytest.raises(UserError, match=f"{longest}: 6 tokens and --max-new-tokens 12 exceed the 16 tokens"):
+        check_prompts(made, PROMPTS, where, Continuation(12))
+    check_prompts(made, PROMPTS, where, Continuation(11))
+    check_prompts(generator("conv"), PROMPTS, where, Continuation(1000))
 
 
 def test_stop_texts():

@@ -290,11 +290,21 @@ def test_references_that_cannot_be(refuse, text, finished, tmp_path, content, me
         (("--workdir", "run", "--beam-size", "0"), "--beam-size 0: must be 1 or more"),
         (("--workdir", "nowhere"), "nowhere is no folder"),
         (("--workdir", "run", "--tokenize", "words"), "words"),
+        (("--workdir", "run", "--output", "file"), "--output is about translations: it goes with --input and"),
+        (("--workdir", "run", "--lowercase"), "--lowercase is about translations"),
+        (("--hypotheses", "a", "--reference", "b", "--step", "0"), "--step is about a model"),
+        (("--hypotheses", "a", "--reference", "b", "--beam-size", "5"), "--beam-size is about a model"),
+        (("--workdir", "run", "--input", "a", "--reference", "b", "--output", "./b"), "--output ./b is to be read"),
     ],
     ids=str,
 )
 def test_options_that_cannot_be(refuse, options, message):
     assert message in refuse("evaluate", *options)
+
+
+def test_a_search_where_nothing_is_translated(refuse, finished):
+    line = refuse("evaluate", "--workdir", finished, "--beam-size", 5)
+    assert "--beam-size is about translations: it goes with --input and --reference" in line
 
 
 def test_languages(refuse, text, finished, tmp_path):

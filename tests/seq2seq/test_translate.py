@@ -232,6 +232,7 @@ def test_text_that_is_not_utf8(call, tmp_path, piped):
         ({"target_lang": None}, "--target-lang must be given: the run in "),
         ({"temperature": 0.5}, "--temperature goes with --sample"),
         ({"n_best": 5}, "--n-best 5 is more than --beam-size 4"),
+        ({"output": "out.gz"}, "--output out.gz: text is written as it is"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"step": 3}, "step 3"),
         ({"workdir": "nowhere"}, "nowhere"),
@@ -246,6 +247,8 @@ def test_what_cannot_be_done_is_said_in_one_line(call, source, options, message)
 def test_searching_options_do_not_go_with_drawing():
     with pytest.raises(UserError, match="--beam-size does not go with --sample"):
         TranslateCommand(workdir="run", sample=True, beam_size=2)
+    with pytest.raises(UserError, match="--temperature 0 takes the most probable token; leave out --top-k"):
+        TranslateCommand(workdir="run", sample=True, temperature=0.0, top_k=2)
 
 
 def test_sources_have_few_lengths():
