@@ -7,8 +7,8 @@ from typing import Any, ClassVar, cast
 import flax.linen as nn
 import jax.numpy as jnp
 
-from core_flax import sharding
-from core_flax.attention import MultiHeadAttention, packing_mask, padding_mask
+from core_flax import kernels, sharding
+from core_flax.attention import MultiHeadAttention
 from core_flax.config import check_range
 from core_flax.layers import Dropout, Embedding, FeedForward, Linear, Norm, Remat, gelu, layers_per_turn, remat
 from core_flax.types import Array, UserError
@@ -107,7 +107,7 @@ class BertBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BLD: Array, mask_BHLM: Array | None, row_B: Array | None, deterministic: bool):
+    def __call__(self, x_BLD: Array, mask: kernels.Mask, row_B: Array | None, deterministic: bool):
         """Maps hidden states [B, L, D] to ([B, L, D], None): a carry and no output, as nn.scan wants it."""
         config = self.config
         norm = partial(Norm, epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype)
@@ -116,7 +116,7 @@ class BertBlock(nn.Module):
         attention = MultiHeadAttention(
             config.num_heads, config.attention_dropout, config.kernel_init, self.dtype, name="attention"
         )
-        mixed_BLD = attention(x_BLD, x_BLD, mask_BHLM, row_B=row_B, deterministic=deterministic)
+        mixed_BLD = attention(x_BLD, x_BLD, mask, row_B=row_B, deterministic=deterministic)
         x_BLD = norm(name="attention_norm")(x_BLD + dropout(mixed_BLD))
 
         mlp = FeedForward(config.mlp_width, gelu, config.kernel_init, self.dtype, name="mlp")
@@ -178,17 +178,18 @@ class BertEncoder(nn.Module):
           (hidden states [B, L, D], pooled first position [B, D]).
         """
         segments_BL = jnp.zeros_like(tokens_BL) if segments_BL is None else segments_BL
-        mask = None if valid_BL is None else padding_mask(valid_BL)
-        mask = mask if sequences_BL is None else packing_mask(sequences_BL)
+        length, mask = tokens_BL.shape[1], kernels.Mask() if valid_BL is None else kernels.padding(valid_BL)
+        mask = mask if sequences_BL is None else kernels.packed(sequences_BL)
         x_BLD = self.embeddings(
             tokens_BL, segments_BL, positions_BL=positions_BL, row_B=row_B, deterministic=deterministic
         )
-        x_BLD, _ = self.layers(x_BLD, mask, row_B, deterministic)
+        x_BLD, _ = self.layers(x_BLD, mask.for_layers(length, length), row_B, deterministic)
         return x_BLD, self.pool(x_BLD[:, 0])
 
     def pool(self, x_BD: Array) -> Array:
-        """Hidden states [..., D] of first positions, as classifiers want them: a linear map and tanh."""
-        return jnp.tanh(self.pooler(x_BD))
+        """Hidden states [B, ..., D] of first positions, as classifiers want them: a linear map and tanh."""
+        # Said on both sides of the product: there are few rows, and XLA would rather gather them than the weights.
+        return sharding.constrain(jnp.tanh(self.pooler(sharding.constrain(x_BD, "batch"))), "batch")
 
 
 class MaskedLanguageHead(nn.Module):
@@ -201,8 +202,9 @@ class MaskedLanguageHead(nn.Module):
     def __call__(self, x_BPD: Array, table: Embedding) -> Array:
         """Maps hidden states [B, P, D] to logits [B, P, V]."""
         config = self.config
+        x_BPD = sharding.constrain(x_BPD, "batch", "length", "width")  # before and after, as in BertEncoder.pool
         x_BPD = Linear((config.width,), kernel_init=config.kernel_init, dtype=self.dtype, name="transform")(x_BPD)
-        x_BPD = gelu(x_BPD)
+        x_BPD = gelu(sharding.constrain(x_BPD, "batch", "length", "width"))
         x_BPD = Norm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype, name="norm")(x_BPD)
         logits_BPV = table.logits(x_BPD) + self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         return sharding.constrain(logits_BPV, "batch", "length", "vocab_logits")
@@ -246,7 +248,8 @@ class BertForPreTraining(nn.Module):
         """
         x_BLD, pooled_BD = self.encoder(tokens_BL, segments_BL, valid_BL, row_B=row_B, deterministic=deterministic)
         x_BPD = jnp.take_along_axis(x_BLD, positions_BP[..., None], axis=1)
-        return self.masked_language(x_BPD, self.encoder.embeddings.token), self.next_sentence(pooled_BD)
+        next_BC = sharding.constrain(self.next_sentence(pooled_BD), "batch")
+        return self.masked_language(x_BPD, self.encoder.embeddings.token), next_BC
 
 
 def flops_per_example(config: BertConfig, length: int, num_predictions: int) -> float:

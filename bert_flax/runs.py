@@ -14,6 +14,7 @@ from bert_flax.presets import OWN_TEXT_VOCAB_SIZE, PRESETS
 from bert_flax.pretrain import make_task
 from bert_flax.sharding import PARAM_RULES
 from core_flax import config as configs
+from core_flax import kernels
 from core_flax.cli import settings_of
 from core_flax.data.records import Manifest, PassageStore
 from core_flax.distributed import first_does, only_run
@@ -37,6 +38,8 @@ class PretrainCommand(PretrainConfig):
     data: str | None = None
     """Folder made by bert-flax prepare; None: that of the run to resume, or the text that Python ships, prepared under
     the workdir."""
+    explain_kernels: bool = False
+    """Tell in which way attention is computed here, and why in no faster one."""
 
 
 def load_run(workdir: str | Path) -> tuple[Run[PretrainConfig], WordPiece]:
@@ -88,7 +91,8 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
         task = make_task(config, store, _held_out(data), vocabulary)
         program = make_program(task, config)  # refuses what does not fit the devices before anything is written
         run.save(VOCAB, vocabulary.save)
-        train(task, config, program, workdir)
+        with kernels.explained(command.explain_kernels):
+            train(task, config, program, workdir)
 
 
 def _own_text(workdir: Path) -> Path:

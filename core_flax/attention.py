@@ -1,13 +1,15 @@
 """Attention: the arithmetic and the module, without any notion of which architecture uses them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from core_flax import sharding
+from core_flax import kernels, sharding
 from core_flax.cache import KeyValueCache
+from core_flax.kernels import Mask
 from core_flax.layers import Dropout, Linear, Weights, linear
 from core_flax.types import Array
 
@@ -97,6 +99,32 @@ def grouped_query_attention(
     return mixed.reshape(shape)
 
 
+def attend(
+    q_BLHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    mask: Array | Mask | None,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Array:
+    """Attention by the ablest kernel that honours the mask and the dropout (``core_flax.kernels``).
+
+    Args:
+      q_BLHK: queries.
+      k_BMGK: keys, whose heads divide those of the queries.
+      v_BMGK: values.
+      mask: as for dot_product_attention, the same for every head: then the plain way is taken; or what it follows from.
+      dropout: as for dot_product_attention; None where nothing is dropped.
+    """
+    if isinstance(mask, Mask):
+        if kernel := kernels.choose(q_BLHK, k_BMGK, mask, dropout is not None):
+            return kernel.run(q_BLHK, k_BMGK, v_BMGK, mask)
+        mask = mask.array(q_BLHK.shape[1], k_BMGK.shape[1])
+    if q_BLHK.shape[2] == k_BMGK.shape[2]:
+        return dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask, dropout)
+    assert mask is not None, "attention with groups of heads that looks everywhere"
+    return grouped_query_attention(q_BLHK, k_BMGK, v_BMGK, mask, dropout)
+
+
 class MultiHeadAttention(nn.Module):
     """Multi-head attention with biases (Vaswani et al. 2017, section 3.2.2), from queries ``x`` to ``memory``.
 
@@ -117,12 +145,12 @@ class MultiHeadAttention(nn.Module):
         self,
         x_BLD: Array,
         memory_BMD: Array,
-        mask_BHLM: Array | None,
+        mask: Array | Mask | None,
         *,
         row_B: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """Returns [B, L, D]. ``row_B`` and ``deterministic`` are those of ``layers.Dropout``."""
+        """Returns [B, L, D]; the mask as for ``attend``, ``row_B`` and ``deterministic`` as in ``layers.Dropout``."""
         width = x_BLD.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         names = ("query", "key", "value")
@@ -142,14 +170,15 @@ class MultiHeadAttention(nn.Module):
                 for source, each in zip(inputs, weights, strict=True)
             )
         dropout = Dropout(self.dropout_rate)
-        mixed_BLHK = dot_product_attention(
-            q_BLHK,
-            k_BMHK,
-            v_BMHK,
-            mask_BHLM,
-            lambda probs_BHLM: dropout(probs_BHLM, row_B=row_B, deterministic=deterministic),
-        )
+        mixed_BLHK = attend(q_BLHK, k_BMHK, v_BMHK, mask, _dropped(dropout, row_B, deterministic))
         return Linear((width,), self.kernel_init, self.dtype, num_inputs=2, name="out")(mixed_BLHK)
+
+
+def _dropped(dropout: Dropout, row_B: Array | None, deterministic: bool) -> Callable[[Array], Array] | None:
+    """A function of the probabilities; None where it would return them as they are."""
+    if deterministic or dropout.rate == 0.0:
+        return None
+    return partial(dropout, row_B=row_B, deterministic=False)
 
 
 class SelfAttention(nn.Module):
@@ -179,7 +208,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self,
         x_BLD: Array,
-        mask_B1LM: Array,
+        mask: Array | Mask,
         cache: KeyValueCache | None = None,
         layer: int = 0,
         *,
@@ -191,7 +220,8 @@ class SelfAttention(nn.Module):
 
         Args:
           x_BLD: hidden states of the tokens.
-          mask_B1LM: True where they may look: at M slots of the cache, or without one at each other.
+          mask: [B, 1, L, M], True where they may look: at M slots of the cache, or without one at each other; or what
+            that follows from.
           cache: keys and values of the tokens before them.
           layer: which layer of the cache is this one's.
           prepare: what is done to queries [B, L, H, K] and to keys [B, L, G, K] before they meet, such as rotation.
@@ -204,13 +234,7 @@ class SelfAttention(nn.Module):
             cache = cache.write(layer, k_BLGK, v_BLGK)
             k_BLGK, v_BLGK = cache.read(layer)
         dropout = Dropout(self.dropout_rate)
-        mixed_BLHK = grouped_query_attention(
-            q_BLHK,
-            k_BLGK,
-            v_BLGK,
-            mask_B1LM,
-            lambda probs_BHLM: dropout(probs_BHLM, row_B=row_B, deterministic=deterministic),
-        )
+        mixed_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, _dropped(dropout, row_B, deterministic))
         out = Linear(
             x_BLD.shape[-1:], self.out_init or self.kernel_init, self.dtype, self.use_bias, num_inputs=2, name="out"
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from core_flax import sharding
+from core_flax.kernels import RESIDUALS
 from core_flax.types import Array, Params
 
 Norm = nn.LayerNorm
@@ -233,7 +234,9 @@ def remat(block: type[nn.Module], policy: Remat, unroll: int = 1, static: tuple[
     """
     if policy == "none":
         return block
-    keep = jax.checkpoint_policies.dots_saveable if policy == "elementwise" else None
+    policies = jax.checkpoint_policies
+    products = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(RESIDUALS))
+    keep = products if policy == "elementwise" else None
     return nn.remat(block, policy=keep, prevent_cse=unroll > 1, static_argnums=static)
 
 

@@ -116,7 +116,7 @@ def _sums_forward(
         sums = _add(sums, _sums_of(logits_TV, softmax, labels_T, weights_T, z_weight))
         grad_TV = _gradient(logits_TV, softmax, labels_T, weights_T, z_weight, soft_cap).astype(x_TD.dtype)
         grad_VD += jnp.einsum("TV,TD->VD", grad_TV, x_TD, preferred_element_type=jnp.float32)
-        return (sums, grad_VD), grad_TV @ table
+        return (sums, sharding.constrain(grad_VD, "vocab_logits", "table_width")), grad_TV @ table
 
     start = _zero(), jnp.zeros(table_VD.shape, jnp.float32)
     (sums, grad_VD), grads = jax.lax.scan(add, start, _chunks(num_chunks, x_BLD, labels_BL, weights_BL))

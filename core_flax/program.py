@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from core_flax import sharding
+from core_flax import kernels, sharding
 from core_flax.config import RunConfig
 from core_flax.optim import make_optimizer
 from core_flax.params import ParamRule, leaves, path_of
@@ -50,14 +50,19 @@ def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None
     optimizer = make_optimizer(config.optimizer, schedule, task.param_rules)
 
     def init(key: Any) -> TrainState:
-        params = task.init(key)
+        with kernels.telling(None):  # of the row or so that parameters are made with
+            params = task.init(key)
         carry = task.carry() if task.carry else None
         ema = None if config.train.ema_decay is None else params
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry, ema)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = sharding.param_shardings(shapes.params, task.param_rules, mesh, task.axis_fields)
-    placed = sharding.state_shardings(shapes, params, mesh)
+    of_optimizer = None
+    if config.mesh.zero1:
+        wide = sharding.OPTIMIZER_PLACEMENT
+        of_optimizer = sharding.param_shardings(shapes.params, task.param_rules, mesh, task.axis_fields, wide)
+    placed = sharding.state_shardings(shapes, params, mesh, of_optimizer)
 
     def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Metrics]:
         train = config.train

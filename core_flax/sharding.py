@@ -6,7 +6,7 @@ in a program without a mesh, or with a mesh of other axes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,12 @@ PLACEMENT: Mapping[str, tuple[str, ...]] = {
     "small": (),
 }
 
+OPTIMIZER_PLACEMENT: Mapping[str, tuple[str, ...]] = PLACEMENT | {
+    "embed": ("fsdp", "data"),
+    "vocab": ("tensor", "fsdp", "data"),
+}
+"""The same for the optimizer's state with ``--mesh.zero1``: over data too, where parameters are whole."""
+
 INSTEAD: Mapping[str, str] = {"vocab": "table_width"}
 """Where the size of the first does not divide, the array's dim of the second name is split over the same axes.
 
@@ -71,7 +77,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     )
 
 
-def spec(names: tuple[str, ...]) -> PartitionSpec:
+def spec(names: tuple[str, ...], placement: Mapping[str, tuple[str, ...]] = PLACEMENT) -> PartitionSpec:
     """The placement of an array whose dims have these logical axes.
 
     Raises:
@@ -80,10 +86,10 @@ def spec(names: tuple[str, ...]) -> PartitionSpec:
     unknown = [name for name in names if name not in PLACEMENT]
     if unknown:
         raise ValueError(f"unknown logical axis {unknown[0]!r}; sharding.PLACEMENT knows {', '.join(PLACEMENT)}")
-    used = [axis for name in names for axis in PLACEMENT[name]]
+    used = [axis for name in names for axis in placement[name]]
     if len(used) != len(set(used)):
         raise ValueError(f"two dims of one array over the same mesh axis: {names} -> {used}")
-    return PartitionSpec(*(PLACEMENT[name] or None for name in names))
+    return PartitionSpec(*(placement[name] or None for name in names))
 
 
 def constrain(x: Array, *names: str) -> Array:
@@ -92,6 +98,28 @@ def constrain(x: Array, *names: str) -> Array:
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def ways(name: str) -> int:
+    """Among how many devices of the mesh in context a logical axis is divided; 1 without our mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) else _ways(name, mesh)
+
+
+def on_each_device(
+    function: Callable[..., Array], inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...]
+) -> Callable[..., Array]:
+    """A function of each device's part of arrays, for what XLA cannot divide by itself, such as kernels.
+
+    Args:
+      function: of arrays, to one array; without our mesh in context it is called as it is.
+      inputs: logical axes of each of its arguments; they must divide.
+      output: those of its result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return function
+    return jax.shard_map(function, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False)
 
 
 def gather_table(table_VD: Array, rows: str) -> Array:
@@ -121,30 +149,37 @@ def _gathered_forward(table_VD: Array, rows: str) -> tuple[Array, None]:
 
 
 def _gathered_backward(rows: str, nothing: None, grad_VD: Array) -> tuple[Array]:
-    # Of a look-up first whole, or XLA would gather all ids to add up parts of rows. Else as the table is kept.
-    return (constrain(grad_VD, "small", "table_width") if rows == "small" else grad_VD,)
+    # As it was used: the table's own split by width, left to spread, would reach through the hidden states into the
+    # layers, whose products then gather them all, or gather the ids of a look-up.
+    return (constrain(grad_VD, rows, "table_width"),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def _ways(name: str, mesh: Any) -> int:
+def _ways(name: str, mesh: Any, placement: Mapping[str, tuple[str, ...]] = PLACEMENT) -> int:
     """Among how many devices a logical axis is divided."""
-    return math.prod(mesh.shape[axis] for axis in PLACEMENT[name])
+    return math.prod(mesh.shape[axis] for axis in placement[name])
 
 
-def _placed(shape: tuple[int, ...], names: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
+def _placed(
+    shape: tuple[int, ...], names: tuple[str, ...], mesh: Mesh, placement: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
     """The names by which an array of this shape is placed: those of its line, or others as ``INSTEAD`` says."""
     names_of = dict(zip(names, shape, strict=False))
     for first, second in INSTEAD.items():
-        if first in names_of and second in names_of and names_of[first] % _ways(first, mesh):
+        if first in names_of and second in names_of and names_of[first] % _ways(first, mesh, placement):
             swapped = {first: second, second: first}
             names = tuple(swapped.get(name, name) for name in names)
     return names
 
 
 def param_shardings(
-    params: Params, rules: tuple[ParamRule, ...], mesh: Mesh, axis_fields: Mapping[str, str] | None = None
+    params: Params,
+    rules: tuple[ParamRule, ...],
+    mesh: Mesh,
+    axis_fields: Mapping[str, str] | None = None,
+    placement: Mapping[str, tuple[str, ...]] = PLACEMENT,
 ) -> Any:
     """The NamedSharding of every parameter.
 
@@ -153,6 +188,7 @@ def param_shardings(
       rules: the family's table; every parameter must match exactly one line.
       mesh: from ``make_mesh``.
       axis_fields: logical axis -> config field, for the message about a size that does not divide.
+      placement: logical axis -> mesh axes; ``OPTIMIZER_PLACEMENT`` for what the optimizer keeps of each parameter.
 
     Raises:
       UserError: a dim that its mesh axes do not divide.
@@ -160,38 +196,41 @@ def param_shardings(
     fields = axis_fields or {}
 
     def place(path: str, leaf: Array, rule: ParamRule) -> NamedSharding:
-        spec(rule.names)  # refuses a line that cannot be
-        placed = _placed(leaf.shape, rule.names, mesh)
+        spec(rule.names, placement)  # refuses a line that cannot be
+        placed = _placed(leaf.shape, rule.names, mesh, placement)
         for size, name, own in zip(leaf.shape, placed, rule.names, strict=True):
-            ways = _ways(name, mesh)
+            ways = _ways(name, mesh, placement)
             if size % ways:
                 # Of a table that can be split by neither of its dims, the vocabulary is the one that is easily changed.
                 name, size = (name, leaf.shape[rule.names.index(name)]) if own != name else (name, size)
-                axes = " x ".join(f"--mesh.{axis} {mesh.shape[axis]}" for axis in PLACEMENT[name])
+                axes = " x ".join(f"--mesh.{axis} {mesh.shape[axis]}" for axis in placement[name])
                 raise UserError(
                     f"{fields.get(name, path)} = {size} cannot be split {ways} ways ({axes}): "
                     f"choose a multiple of {ways} ({-(-size // ways) * ways} is the next) or another mesh"
                 )
-        return NamedSharding(mesh, spec(placed))
+        return NamedSharding(mesh, spec(placed, placement))
 
     return map_rules(place, params, rules)
 
 
-def state_shardings(abstract_state: TrainState, params_shardings: Any, mesh: Mesh) -> Any:
+def state_shardings(
+    abstract_state: TrainState, params_shardings: Any, mesh: Mesh, optimizer_shardings: Any = None
+) -> Any:
     """Shardings for a whole train state: optimizer arrays that mirror a parameter are placed like it.
 
-    An array of the state belongs to the parameter whose path ends its own path and whose shape it has; what batches
-    hand to each other (state.carry) lies with their rows; whatever else there is (counters, factored moments) is
-    replicated.
+    Or as ``optimizer_shardings`` says, where it is given. An array of the state belongs to the parameter whose path
+    ends its own path and whose shape it has; what batches hand to each other (state.carry) lies with their rows;
+    whatever else there is (counters, factored moments) is replicated.
     """
     shapes = {path: leaf.shape for path, leaf in leaves(abstract_state.params)}
     by_path = dict(leaves(params_shardings))
+    of_optimizer = by_path if optimizer_shardings is None else dict(leaves(optimizer_shardings))
 
     def place(keys: tuple[Any, ...], leaf: Array) -> NamedSharding:
         path = path_of(keys)
         if path.startswith("carry/"):
             return batch_sharding(mesh)
-        for name, sharding in by_path.items():
+        for name, sharding in (of_optimizer if path.startswith("opt_state/") else by_path).items():
             if f"/{path}".endswith(f"/{name}") and leaf.shape == shapes[name]:
                 return sharding
         return NamedSharding(mesh, PartitionSpec())
@@ -222,7 +261,21 @@ def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None
         raise UserError(
             f"--train.batch-size {batch_size} does not divide by {num_microbatches} microbatches x {ways} devices: "
             f"choose a multiple of {step}, such as {max(step, round(batch_size / step) * step)}"
+            f"{_or_hosts(batch_size, max(1, num_microbatches), mesh)}"
         )
+
+
+def _or_hosts(batch_size: int, num_microbatches: int, mesh: Mesh) -> str:
+    """ ", or 4 hosts instead of 3": the nearest number of hosts, each with as many devices, that does divide."""
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    each = ways_of_batch(mesh) // hosts
+    if hosts == 1 or each * hosts != ways_of_batch(mesh):
+        return ""
+    fitting = [count for count in range(1, 2 * hosts) if batch_size % (num_microbatches * each * count) == 0]
+    if not fitting:
+        return ""
+    near = min(fitting, key=lambda count: abs(count - hosts))
+    return f", or {near} host{'s' * (near > 1)} instead of {hosts}"
 
 
 def host_rows(batch_size: int, mesh: Mesh) -> range:

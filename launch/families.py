@@ -29,6 +29,8 @@ class PlanOptions:
     """Try meshes, microbatches and remat policies, and show the best few that fit."""
     compilations: int = 12
     """With --search: how many to try; each takes from seconds to minutes."""
+    explain_kernels: bool = False
+    """Tell in which way attention is computed here, and why in no faster one."""
     json: bool = False
     """Print all figures as JSON, in bytes, operations and seconds."""
 

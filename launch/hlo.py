@@ -20,6 +20,7 @@ _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_SPLASH = re.compile(r'op_name="[^"]*splash_m[hq]a_(fwd|dq|dkv)')
 _FREE = {
     "parameter",
     "constant",
@@ -105,13 +106,16 @@ def read_work(text: str) -> Work:
 def parse(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
     """(name of the entry computation, computations by name)."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", {}
+    entry, current, last = "", {}, ""
     for line in text.splitlines():
         if head := _HEAD.match(line):
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
         elif found := _NAME.match(line):
-            current[found[2]] = _instruction(line[found.end() :], found[2], bool(found[1]))
+            last = found[2]
+            current[last] = _instruction(line[found.end() :], last, bool(found[1]))
+        elif line.startswith("}}"):  # what a kernel says of itself has lines of its own
+            current[last] = dataclasses.replace(current[last], rest=current[last].rest + line)
     assert entry, "no ENTRY computation: this is no program's text"
     return entry, computations
 
@@ -222,6 +226,8 @@ def _flops_inside(computations: Mapping[str, Computation], name: str) -> float:
 
 
 def _flops(home: Computation, each: Instruction) -> float:
+    if each.opcode == "custom-call":
+        return _kernel_flops(home, each)
     if each.opcode not in ("dot", "convolution"):
         return 0.0
     (_, out, _), *_ = arrays(each.type)
@@ -232,6 +238,22 @@ def _flops(home: Computation, each: Instruction) -> float:
         return 2.0 * math.prod(out) * math.prod(left[dim] for dim in dims)
     (_, right, _), *_ = arrays(home[each.operands[1]].type)
     return _convolution_flops(left, right, out, each.rest)
+
+
+def _kernel_flops(home: Computation, each: Instruction) -> float:
+    """Of attention's kernel for TPUs (core_flax.kernels.splash), which is no text: what causality spares it is counted.
+
+    Forward there are two products of L x M x K for each head; backward, of scores, probabilities, queries, keys and
+    values, as many as it makes gradients, and the first two.
+    """
+    phase = _SPLASH.search(each.rest)
+    if not phase:
+        return 0.0
+    read = [shape for name in each.operands if name in home for _, shape, _ in arrays(home[name].type)]
+    queries, keys = [shape for shape in read if len(shape) >= 4][:2]
+    heads = [shape for _, shape, _ in arrays(each.type) if len(shape) >= 4 and shape[-2:] in (queries[-2:], keys[-2:])]
+    products = 2 if phase[1] == "fwd" else 2 + len(heads)
+    return 2.0 * products * math.prod(queries) * keys[-2]
 
 
 def _convolution_flops(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], rest: str) -> float:

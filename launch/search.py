@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+from core_flax import kernels
 from core_flax.types import UserError
 from launch import chips, report
 from launch.families import PRESETS, settings
@@ -24,8 +26,18 @@ def plan(name: str, command: Any) -> None:
     def make(config: Any) -> Plan:
         return make_plan(family.task(config), config, family.batch(config, config.train.num_steps - 1), topology)
 
-    if command.search:
-        return _search(make, config, topology, command)
+    told: list[str] = []
+    with kernels.telling(told.append if command.explain_kernels else None):
+        if command.search:
+            _search(make, config, topology, command)
+        else:
+            _one(make, config, topology, command)
+    if told:
+        # Beside the JSON, not in it.
+        print("\n".join(told), file=sys.stderr if command.json else sys.stdout)
+
+
+def _one(make: Any, config: Any, topology: chips.Topology, command: Any) -> None:
     try:
         found = make(config)
     except OutOfMemoryError as error:
@@ -33,7 +45,6 @@ def plan(name: str, command: Any) -> None:
     print(json.dumps(report.as_json(found)) if command.json else "\n".join(report.lines(found, topology)))
     if found.fits is False:
         raise UserError(_too_large(config, topology, found.memory.total))
-    return None
 
 
 def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> str:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from core_flax import cache as caches
-from core_flax import sharding
-from core_flax.attention import SelfAttention, causal_mask
+from core_flax import kernels, sharding
+from core_flax.attention import SelfAttention
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
 from core_flax.layers import Embedding, GatedFeedForward, Remat, RMSNorm, layer_params, layers_per_turn, remat, unstack
@@ -98,7 +98,11 @@ class LlamaBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, KeyValueCache | None], layer: Array | int, mask_B1LM: Array, rotation: Rotation
+        self,
+        carry: tuple[Array, KeyValueCache | None],
+        layer: Array | int,
+        mask: Array | kernels.Mask,
+        rotation: Rotation,
     ):
         """Maps (hidden states [B, L, D], cache) to the same and None: a carry and no output, as nn.scan wants it."""
         config, (x_BLD, cache) = self.config, carry
@@ -116,7 +120,7 @@ class LlamaBlock(nn.Module):
         )
         mixed_BLD, cache = attention(
             norm(name="attention_norm")(x_BLD),
-            mask_B1LM,
+            mask,
             cache,
             layer,
             prepare=lambda heads: rotate(heads, rotation),
@@ -185,7 +189,7 @@ class Llama(nn.Module):
         if positions_BL is None:
             assert length <= self.config.max_length, f"length {length} exceeds max_length {self.config.max_length}"
             positions_BL = jnp.arange(length)[None]
-        x_BLD, _ = self._read(tokens_BL, positions_BL, causal_mask(length, sequences_BL), None)
+        x_BLD, _ = self._read(tokens_BL, positions_BL, kernels.causal(sequences_BL).for_layers(length, length), None)
         if self.is_initializing():
             self.logits(x_BLD)  # creates the output layer
         return x_BLD
@@ -221,18 +225,18 @@ class Llama(nn.Module):
         """The parameters with the layers in parts, as decoding wants them."""
         return {**params, "layers": unstack(params["layers"], self.config.num_layers)}
 
-    def _read(self, tokens_BL: Array, positions_BL: Array, mask_B1LM: Array, cache: Any) -> tuple[Array, Any]:
+    def _read(self, tokens_BL: Array, positions_BL: Array, mask: Array | kernels.Mask, cache: Any) -> tuple[Array, Any]:
         x_BLD = sharding.constrain(self.token(tokens_BL), "batch", "length", "width")
         angles = rotation(positions_BL, self.config.head_width, self.config.rope_theta)
         if cache is None:
             layers = jnp.arange(self.config.num_layers)
-            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask_B1LM, angles)
+            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask, angles)
         else:
             # Layer by layer rather than scanned: a scan would copy the cache of all layers for each.
             for number in range(self.config.num_layers):
                 params = layer_params(self.layers.variables["params"], number)
                 block = LlamaBlock(self.config, self.dtype, parent=None)
-                (x_BLD, cache), _ = block.apply({"params": params}, (x_BLD, cache), number, mask_B1LM, angles)
+                (x_BLD, cache), _ = block.apply({"params": params}, (x_BLD, cache), number, mask, angles)
         return self.norm(x_BLD), cache
 
 

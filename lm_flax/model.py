@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from core_flax import cache as caches
-from core_flax import sharding
-from core_flax.attention import SelfAttention, causal_mask
+from core_flax import kernels, sharding
+from core_flax.attention import SelfAttention
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
 from core_flax.layers import (
@@ -99,7 +99,7 @@ class GPT2Block(nn.Module):
         self,
         carry: tuple[Array, KeyValueCache | None],
         layer: Array | int,
-        mask_B1LM: Array,
+        mask: Array | kernels.Mask,
         row_B: Array | None,
         deterministic: bool,
     ):
@@ -119,7 +119,7 @@ class GPT2Block(nn.Module):
             name="attention",
         )
         mixed_BLD, cache = attention(
-            norm(name="attention_norm")(x_BLD), mask_B1LM, cache, layer, row_B=row_B, deterministic=deterministic
+            norm(name="attention_norm")(x_BLD), mask, cache, layer, row_B=row_B, deterministic=deterministic
         )
         x_BLD += dropout(mixed_BLD)
 
@@ -185,7 +185,7 @@ class GPT2(nn.Module):
         if positions_BL is None:
             assert length <= self.config.max_length, f"length {length} exceeds max_length {self.config.max_length}"
             positions_BL = jnp.arange(length)
-        mask = causal_mask(length, sequences_BL)
+        mask = kernels.causal(sequences_BL).for_layers(length, length)
         return self._read(tokens_BL, positions_BL, mask, None, row_B, deterministic)[0]
 
     @nn.nowrap
@@ -223,7 +223,7 @@ class GPT2(nn.Module):
         self,
         tokens_BL: Array,
         positions_BL: Array,
-        mask_B1LM: Array,
+        mask: Array | kernels.Mask,
         cache: Any,
         row_B: Array | None,
         deterministic: bool,
@@ -233,15 +233,13 @@ class GPT2(nn.Module):
         x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
         if cache is None:
             layers = jnp.arange(self.config.num_layers)
-            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask_B1LM, row_B, deterministic)
+            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask, row_B, deterministic)
         else:
             # Layer by layer rather than scanned: a scan would copy the cache of all layers for each.
             for number in range(self.config.num_layers):
                 params = layer_params(self.layers.variables["params"], number)
                 block = GPT2Block(self.config, self.dtype, parent=None)
-                (x_BLD, cache), _ = block.apply(
-                    {"params": params}, (x_BLD, cache), number, mask_B1LM, row_B, deterministic
-                )
+                (x_BLD, cache), _ = block.apply({"params": params}, (x_BLD, cache), number, mask, row_B, deterministic)
         return self.norm(x_BLD), cache
 
 

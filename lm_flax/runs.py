@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from core_flax import config as configs
+from core_flax import kernels
 from core_flax.cli import settings_of
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train as train_loop
@@ -47,6 +48,8 @@ class Folders:
     data: str | None = None
     """Folder made by lm-flax prepare; None: that of the run to resume, or the text that Python ships,
     prepared under the workdir as characters, for word vectors as words."""
+    explain_kernels: bool = False
+    """Tell in which way attention is computed here, and why in no faster one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +165,8 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
         made = make_task(config, store, held_out, tokenizer.end_id)
         program = make_program(made, config)  # refuses what does not fit the devices before anything is written
         run.save(tokenizer.file, tokenizer.save)
-        metrics = train_loop(made, config, program, workdir)
+        with kernels.explained(command.explain_kernels):
+            metrics = train_loop(made, config, program, workdir)
     if isinstance(config, Word2VecRun) or jax.process_index() != 0:
         return
     if held_out:

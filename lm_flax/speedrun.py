@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from core_flax import cache as caches
-from core_flax import sharding
-from core_flax.attention import SelfAttention, causal_mask
+from core_flax import kernels, sharding
+from core_flax.attention import SelfAttention
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
 from core_flax.layers import Dropout, Embedding, Linear, Remat, layer_params, layers_per_turn, remat, unstack
@@ -105,7 +105,7 @@ class SpeedrunBlock(nn.Module):
         self,
         carry: tuple[Array, KeyValueCache | None],
         layer: Array | int,
-        mask_B1LM: Array,
+        mask: Array | kernels.Mask,
         rotation: Rotation,
         row_B: Array | None,
         deterministic: bool,
@@ -124,7 +124,7 @@ class SpeedrunBlock(nn.Module):
             name="attention",
         )
         mixed_BLD, cache = attention(
-            normalised(x_BLD), mask_B1LM, cache, layer, prepare=lambda heads: rotate(normalised(heads), rotation)
+            normalised(x_BLD), mask, cache, layer, prepare=lambda heads: rotate(normalised(heads), rotation)
         )
         x_BLD += dropout(mixed_BLD)
         up = Linear((config.mlp_width,), _kernel_init, self.dtype, use_bias=False, name="up")
@@ -189,7 +189,7 @@ class Speedrun(nn.Module):
         if positions_BL is None:
             assert length <= self.config.max_length, f"length {length} exceeds max_length {self.config.max_length}"
             positions_BL = jnp.arange(length)[None]
-        mask = causal_mask(length, sequences_BL)
+        mask = kernels.causal(sequences_BL).for_layers(length, length)
         x_BLD, _ = self._read(tokens_BL, positions_BL, mask, None, row_B, deterministic)
         if self.is_initializing():
             self.logits(x_BLD)  # creates the output layer
@@ -229,7 +229,7 @@ class Speedrun(nn.Module):
         self,
         tokens_BL: Array,
         positions_BL: Array,
-        mask_B1LM: Array,
+        mask: Array | kernels.Mask,
         cache: Any,
         row_B: Array | None,
         deterministic: bool,
@@ -239,14 +239,14 @@ class Speedrun(nn.Module):
         angles = rotation(positions_BL, self.config.head_width, self.config.rope_theta)
         if cache is None:
             layers = jnp.arange(self.config.num_layers)
-            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask_B1LM, angles, row_B, deterministic)
+            (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask, angles, row_B, deterministic)
         else:
             # Layer by layer rather than scanned: a scan would copy the cache of all layers for each.
             for number in range(self.config.num_layers):
                 params = layer_params(self.layers.variables["params"], number)
                 block = SpeedrunBlock(self.config, self.dtype, parent=None)
                 (x_BLD, cache), _ = block.apply(
-                    {"params": params}, (x_BLD, cache), number, mask_B1LM, angles, row_B, deterministic
+                    {"params": params}, (x_BLD, cache), number, mask, angles, row_B, deterministic
                 )
         return normalised(x_BLD), cache
 

@@ -4,18 +4,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from core_flax import sharding
-from core_flax.attention import dot_product_attention, packing_mask
+from core_flax.attention import attend
+from core_flax.kernels import Mask
 from core_flax.layers import Dropout, Linear, Weights, linear
 from core_flax.types import Array
 
 LOOKED_AT = "looked_at"
 """Collection in which models leave the probabilities of attention to the source if it is mutable (``align`` asks)."""
-
-
-def causal_mask(sequences_BL: Array) -> Array:
-    """[B, 1, L, L]: True where a token may look at one of its own sequence, no later than itself."""
-    length = sequences_BL.shape[1]
-    return packing_mask(sequences_BL) & (jnp.arange(length)[:, None] >= jnp.arange(length))
 
 
 def cross_mask(sequences_BL: Array, memory_BM: Array) -> Array:
@@ -62,12 +57,12 @@ class CrossAttention(nn.Module):
         self,
         x_BLD: Array,
         keys_values: tuple[Array, Array],
-        mask_BHLM: Array,
+        mask: Array | Mask,
         *,
         row_B: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """Returns [B, L, D]. ``row_B`` and ``deterministic`` are those of ``layers.Dropout``."""
+        """Returns [B, L, D]; the mask as for ``attend``, ``row_B`` and ``deterministic`` as in ``layers.Dropout``."""
         (q_BLHK,) = self._project(x_BLD, self.query)
 
         def dropout(probs_BHLM: Array) -> Array:
@@ -75,7 +70,9 @@ class CrossAttention(nn.Module):
             return self.dropout(probs_BHLM, row_B=row_B, deterministic=deterministic)
 
         k_BMHK, v_BMHK = (x.swapaxes(1, 2) for x in keys_values)
-        return self.out(dot_product_attention(q_BLHK, k_BMHK, v_BMHK, mask_BHLM, dropout))
+        plain = deterministic or self.dropout_rate == 0.0
+        unseen = plain and not self.is_mutable_collection(LOOKED_AT)  # nobody wants the probabilities
+        return self.out(attend(q_BLHK, k_BMHK, v_BMHK, mask, None if unseen else dropout))
 
     def _project(self, x_BLD: Array, *projections: Weights) -> tuple[Array, ...]:
         """x mapped by each of the projections: one product, as narrow matrices leave cores idle."""

@@ -8,12 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from core_flax import sharding
-from core_flax.attention import MultiHeadAttention, SelfAttention, packing_mask, padding_mask
+from core_flax import kernels, sharding
+from core_flax.attention import MultiHeadAttention, SelfAttention, padding_mask
 from core_flax.cache import KeyValueCache, Shared, init_cache
 from core_flax.layers import Dropout, Embedding, Linear, Norm, gelu, layer_params, layers_per_turn, remat, unstack
 from core_flax.types import Array, Params
-from seq2seq_flax.attention import LOOKED_AT, CrossAttention, causal_mask, cross_mask
+from seq2seq_flax.attention import LOOKED_AT, CrossAttention
 from seq2seq_flax.config import TransformerConfig
 
 # Glorot and Bengio 2010: keeps variances through square maps, and is what the reference implementation has.
@@ -70,13 +70,13 @@ class EncoderBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BLD: Array, mask_BHLM: Array, row_B: Array | None, deterministic: bool):
+    def __call__(self, x_BLD: Array, mask: kernels.Mask, row_B: Array | None, deterministic: bool):
         """Maps hidden states [B, L, D] to ([B, L, D], None): a carry and no output, as nn.scan wants it."""
         config, drawn = self.config, _Drawn(row_B=row_B, deterministic=deterministic)
         attention = MultiHeadAttention(
             config.num_heads, config.attention_dropout, KERNEL_INIT, self.dtype, name="attention"
         )
-        mixed_BLD = attention(x_BLD, x_BLD, mask_BHLM, **drawn)
+        mixed_BLD = attention(x_BLD, x_BLD, mask, **drawn)
         norm = partial(Norm, epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype)
         x_BLD = norm(name="attention_norm")(x_BLD + Dropout(config.dropout)(mixed_BLD, **drawn))
         mixed_BLD = FeedForward(config, self.dtype, name="mlp")(x_BLD, **drawn)
@@ -110,7 +110,7 @@ class DecoderBlock(nn.Module):
         self.dropouts = [Dropout(config.dropout) for _ in range(3)]
 
     def __call__(
-        self, x_BLD: Array, given: tuple[Array, Array, Array], row_B: Array | None, deterministic: bool
+        self, x_BLD: Array, given: tuple[Array, kernels.Mask, kernels.Mask], row_B: Array | None, deterministic: bool
     ) -> tuple[Array, None]:
         """Maps hidden states [B, L, D], given (memory [B, M, D], mask of self- and mask of cross-attention)."""
         memory_BMD, self_mask, mask = given
@@ -125,8 +125,8 @@ class DecoderBlock(nn.Module):
         self,
         x_BLD: Array,
         keys_values: tuple[Array, Array],
-        self_mask: Array,
-        mask: Array,
+        self_mask: Array | kernels.Mask,
+        mask: Array | kernels.Mask,
         cache: KeyValueCache | None,
         layer: int,
         row_B: Array | None = None,
@@ -228,7 +228,8 @@ class Transformer(nn.Module):
         """Hidden states [B, M, D] of sources; arguments are those of ``__call__``."""
         drawn = _Drawn(row_B=row_B, deterministic=deterministic)
         x_BMD = self.source_dropout(self._embed("source", source_BM, positions_BM), **drawn)
-        return self.encoder(x_BMD, packing_mask(sequences_BM), row_B, deterministic)
+        mask = kernels.packed(sequences_BM).for_layers(source_BM.shape[1], source_BM.shape[1])
+        return self.encoder(x_BMD, mask, row_B, deterministic)
 
     def decode(
         self,
@@ -244,7 +245,10 @@ class Transformer(nn.Module):
         """Hidden states [B, L, D] of targets, all positions at once; arguments are those of ``__call__``."""
         drawn = _Drawn(row_B=row_B, deterministic=deterministic)
         x_BLD = self.target_dropout(self._embed("target", target_BL, positions_BL), **drawn)
-        given = (memory_BMD, causal_mask(sequences_BL), cross_mask(sequences_BL, source_sequences_BM))
+        length, memory = target_BL.shape[1], memory_BMD.shape[1]
+        own = kernels.causal(sequences_BL).for_layers(length, length)
+        cross = kernels.Mask(sequences_BL, source_sequences_BM).for_layers(length, memory)
+        given = (memory_BMD, own, cross)
         return self.decoder(x_BLD, given, row_B, deterministic)
 
     def logits(self, x_BLD: Array) -> Array:

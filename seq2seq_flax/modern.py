@@ -14,13 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from core_flax import sharding
-from core_flax.attention import SelfAttention, packing_mask, padding_mask
+from core_flax import kernels, sharding
+from core_flax.attention import SelfAttention, padding_mask
 from core_flax.cache import KeyValueCache, Shared, init_cache
 from core_flax.layers import Dropout, GatedFeedForward, RMSNorm, layer_params, layers_per_turn, remat, unstack
 from core_flax.rotary import Rotation, rotate, rotation
 from core_flax.types import Array, Params
-from seq2seq_flax.attention import LOOKED_AT, CrossAttention, causal_mask, cross_mask
+from seq2seq_flax.attention import LOOKED_AT, CrossAttention
 from seq2seq_flax.config import ModernConfig
 from seq2seq_flax.interface import Drawn, EncoderDecoder
 from seq2seq_flax.model import KERNEL_INIT
@@ -56,7 +56,7 @@ class EncoderBlock(nn.Module):
         self.dropouts = [Dropout(config.dropout) for _ in range(2)]
 
     def __call__(
-        self, x_BLD: Array, given: tuple[Array, Rotation], row_B: Array | None, deterministic: bool
+        self, x_BLD: Array, given: tuple[kernels.Mask, Rotation], row_B: Array | None, deterministic: bool
     ) -> tuple[Array, None]:
         """Maps hidden states [B, L, D], given (mask, rotation of the positions)."""
         (mask, turn), drawn = given, Drawn(row_B=row_B, deterministic=deterministic)
@@ -84,7 +84,11 @@ class DecoderBlock(nn.Module):
         self.dropouts = [Dropout(config.dropout) for _ in range(3)]
 
     def __call__(
-        self, x_BLD: Array, given: tuple[Array, Array, Array, Rotation], row_B: Array | None, deterministic: bool
+        self,
+        x_BLD: Array,
+        given: tuple[Array, kernels.Mask, kernels.Mask, Rotation],
+        row_B: Array | None,
+        deterministic: bool,
     ) -> tuple[Array, None]:
         """Maps hidden states [B, L, D], given (memory [B, M, D], masks of self- and cross-attention, rotation)."""
         memory_BMD, self_mask, mask, turn = given
@@ -100,8 +104,8 @@ class DecoderBlock(nn.Module):
         self,
         x_BLD: Array,
         keys_values: tuple[Array, Array],
-        self_mask: Array,
-        mask: Array,
+        self_mask: Array | kernels.Mask,
+        mask: Array | kernels.Mask,
         turn: Rotation,
         cache: KeyValueCache | None,
         layer: int,
@@ -166,7 +170,8 @@ class ModernTransformer(EncoderDecoder):
     ) -> Array:
         """Hidden states [B, M, D] of sources; arguments are those of ``__call__``."""
         x_BMD = self.source_dropout(self._embed("source", source_BM), row_B=row_B, deterministic=deterministic)
-        given = packing_mask(sequences_BM), self._rotation(positions_BM, source_BM.shape[1])
+        memory = source_BM.shape[1]
+        given = kernels.packed(sequences_BM).for_layers(memory, memory), self._rotation(positions_BM, memory)
         return self.encoder_norm(self.encoder(x_BMD, given, row_B, deterministic)[0])
 
     def decode(
@@ -182,8 +187,10 @@ class ModernTransformer(EncoderDecoder):
     ) -> Array:
         """Hidden states [B, L, D] of targets, all positions at once; arguments are those of ``__call__``."""
         x_BLD = self.target_dropout(self._embed("target", target_BL), row_B=row_B, deterministic=deterministic)
-        masks = causal_mask(sequences_BL), cross_mask(sequences_BL, source_sequences_BM)
-        given = memory, *masks, self._rotation(positions_BL, target_BL.shape[1])
+        length = target_BL.shape[1]
+        own = kernels.causal(sequences_BL).for_layers(length, length)
+        cross = kernels.Mask(sequences_BL, source_sequences_BM).for_layers(length, source_sequences_BM.shape[1])
+        given = memory, own, cross, self._rotation(positions_BL, length)
         return self.decoder_norm(self.decoder(x_BLD, given, row_B, deterministic)[0])
 
     def start(self, source_BM: Array, valid_BM: Array, length: int) -> ModernCache:

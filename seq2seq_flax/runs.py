@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from core_flax import config as configs
+from core_flax import kernels
 from core_flax.cli import settings_of
 from core_flax.distributed import only_run
 from core_flax.loop import train as run_loop
@@ -48,6 +49,8 @@ class _Place:
     data: str | None = None
     """Folder made by seq2seq-flax prepare; None: that of the run to resume, or number words in English and German, made
     under the workdir."""
+    explain_kernels: bool = False
+    """Tell in which way attention is computed here, and why in no faster one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,8 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
         task = make_task(config, store, held_out_of(data), tokenizer, row_multiple)
         program = make_program(task, config)  # refuses what does not fit the devices before anything is written
         run.save(TOKENIZER, tokenizer.save)
-        run_loop(task, config, program, workdir)
+        with kernels.explained(command.explain_kernels):
+            run_loop(task, config, program, workdir)
     return run
 
 

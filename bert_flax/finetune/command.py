@@ -26,6 +26,7 @@ from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
 from core_flax import config as configs
+from core_flax import kernels
 from core_flax.distributed import first_does, join
 from core_flax.sharding import check_batch_size, make_mesh
 from core_flax.types import UserError
@@ -60,6 +61,8 @@ class FinetuneCommand(FinetuneSettings):
     """Task custom: which column of its tables is what, as in text=sentence,label=class; also text_pair= and id=."""
     regression: bool = False
     """Task custom: the label is a number to predict."""
+    explain_kernels: bool = False
+    """Tell in which way attention is computed here, and why in no faster one."""
 
     def __post_init__(self) -> None:
         """Raises UserError on what does not go together."""
@@ -94,13 +97,13 @@ def finetune(name: str, command: FinetuneCommand) -> None:
     start = partial(
         run, task=task, pretrained=pretrained, data=data, origin=Origin.of(command.data, data, init, pretrained)
     )
-    settings, sweep = command.settings, {}
-    if command.sweep:
-        settings, sweep = _sweep(home, task.spec, settings, start)
-    results = []
-    for seed in range(command.seed, command.seed + command.seeds):
-        print(f"{name}, seed {seed}", flush=True)
-        results.append(start(home / f"seed-{seed}", settings=dataclasses.replace(settings, seed=seed)))
+    settings, sweep, results = command.settings, {}, []
+    with kernels.explained(command.explain_kernels):
+        if command.sweep:
+            settings, sweep = _sweep(home, task.spec, settings, start)
+        for seed in range(command.seed, command.seed + command.seeds):
+            print(f"{name}, seed {seed}", flush=True)
+            results.append(start(home / f"seed-{seed}", settings=dataclasses.replace(settings, seed=seed)))
     summary = summarize(task.spec, results, sweep)
     _write(home / RESULTS, summary)
     print(table(summary))

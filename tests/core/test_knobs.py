@@ -51,6 +51,7 @@ TURNS = {
     "mesh.data": 1,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
+    "mesh.zero1": True,
     "model.vocab_size": 208,
     "model.num_layers": 3,
     "model.width": 64,

@@ -108,7 +108,7 @@ def run(name, **mesh):
     return jax.device_get(state.params), losses
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"data": 1, "fsdp": 4}])
+@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "zero1": True}])
 @pytest.mark.parametrize("name", optim.DEFAULTS)
 def test_the_same_parameters_whatever_the_mesh(name, mesh):
     last, losses = run(name, data=1)

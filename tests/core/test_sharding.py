@@ -109,6 +109,25 @@ def test_a_batch_that_does_not_divide(batch_size, num_microbatches, advice):
     sharding.check_batch_size(2, 2, mesh(tensor=4))
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "num_microbatches", "hosts", "advice"),
+    [
+        (256, 1, 3, "choose a multiple of 24, such as 264, or 2 hosts instead of 3"),
+        (256, 2, 5, "choose a multiple of 80, such as 240, or 4 hosts instead of 5"),
+        (40, 1, 4, "choose a multiple of 32, such as 32, or 5 hosts instead of 4"),
+        (8, 1, 4, "choose a multiple of 32, such as 32, or 1 host instead of 4"),
+        (12, 1, 2, "choose a multiple of 16, such as 16"),
+    ],
+)
+def test_hosts_that_do_not_divide_a_batch(batch_size, num_microbatches, hosts, advice):
+    """Of eight devices each; the nearest number of hosts that does is told, the smaller of equals."""
+    devices = np.array([SimpleNamespace(process_index=number // 8) for number in range(8 * hosts)])
+    on = SimpleNamespace(shape={"data": 8 * hosts, "fsdp": 1, "tensor": 1}, devices=devices)
+    with pytest.raises(UserError) as refused:
+        sharding.check_batch_size(batch_size, num_microbatches, on)
+    assert str(refused.value).endswith(f" microbatches x {8 * hosts} devices: {advice}")
+
+
 def test_parameters_lie_where_the_table_says():
     placed = jax.device_put(PARAMS, place(PARAMS, fsdp=2, tensor=2))
     shards = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, placed)
@@ -130,6 +149,26 @@ def test_moments_lie_with_their_parameters(name):
     moments = [each for path, each in flat.items() if path.endswith("layers/query")]
     assert moments and all(each == params["layers"]["query"] for each in moments)
     assert all(each.spec == P() for path, each in flat.items() if path.endswith("count"))
+
+
+def test_moments_are_split_over_data_too_with_zero1():
+    """The parameters stay where they are; a table whose entries the axes do not divide is split by its width."""
+    on, shapes = mesh(data=2, fsdp=2), PARAMS | {"table": jnp.zeros((6, 8))}
+    params = sharding.param_shardings(shapes, RULES, on)
+    optimizer = sharding.param_shardings(shapes, RULES, on, FIELDS, sharding.OPTIMIZER_PLACEMENT)
+    state = TrainState(jnp.zeros(()), shapes, {"mu": shapes, "count": jnp.zeros(())}, ema=shapes)
+    placed = sharding.state_shardings(state, params, on, optimizer)
+    assert placed.params == placed.ema == params
+    mine = jax.tree.map(lambda x, where: where.shard_shape(x.shape), shapes, placed.opt_state["mu"])
+    theirs = jax.tree.map(lambda x, where: where.shard_shape(x.shape), shapes, params)
+    assert theirs["table"] == (3, 8) and mine["table"] == (6, 2)
+    assert theirs["layers"]["query"][1] == 4 and mine["layers"]["query"][1] == 2
+    assert mine["layers"]["norm"] == theirs["layers"]["norm"] == (2, 8)
+    assert placed.opt_state["count"].spec == P()
+    with pytest.raises(UserError, match=r"--model.width = 10 .* 4 ways \(--mesh.fsdp 2 x --mesh.data 2\)"):
+        narrow = {"layers": {"down": jnp.zeros((2, 8, 10))}}
+        rules = (ParamRule("layers/down", "matrix", "layer mlp | embed"),)
+        sharding.param_shardings(narrow, rules, on, {"embed": "--model.width"}, sharding.OPTIMIZER_PLACEMENT)
 
 
 def test_factored_moments_are_whole():

@@ -82,6 +82,29 @@ def test_a_convolution_counts_no_padding():
     assert _convolution_flops((7, 5, 2), (3, 2, 11), (7, 5, 11), rest) == 2 * 13 * 7 * 2 * 11
 
 
+@pytest.mark.parametrize(
+    ("result", "phase", "products"),
+    [
+        ("(f32[128,64], bf16[2,4,256,64], f32[2,4,256,128])", "fwd_segmented_residuals", 2),
+        ("(f32[128,64], bf16[2,4,256,64])", "dq", 3),
+        ("(f32[128,64], bf16[2,2,384,64], bf16[2,2,384,64])", "dkv_segmented", 4),
+        ("(f32[128,64], f32[2,3,4,256,64], bf16[2,2,384,64], bf16[2,2,384,64])", "dkv", 5),
+    ],
+)
+def test_the_products_of_the_attention_kernel_are_counted(result, phase, products):
+    """Of 4 heads of queries and 2 of keys, 256 and 384 long, 64 wide, in 2 rows."""
+    text = f"""ENTRY %main (ids: s32[3]) -> f32[] {{
+  %ids = s32[3]{{0}} parameter(0)
+  %q = bf16[2,4,256,64]{{3,2,1,0}} parameter(1)
+  %k = bf16[2,2,384,64]{{3,2,1,0}} parameter(2)
+  %kernel = {result} custom-call(%ids, %q, %k, %k), custom_call_target="tpu_custom_call", \
+metadata={{op_name="jit(step)/splash_mha_{phase}/pallas_call"}}
+}}"""
+    work = read_work(text)
+    assert work.flops == products * 2 * 2 * 4 * 256 * 384 * 64
+    assert work.bytes > 2 * 2 * 4 * 256 * 64
+
+
 @pytest.fixture(scope="module")
 def plan():
     topology = Topology("cpu:4", jax.devices()[:4], Chip())

@@ -1,0 +1,240 @@
+"""Every layout gives the losses of one device, moves what the textbook says, and never a batch; pinned, as compiled.
+
+The vocabulary is a prime: nothing divides it. After a change that is meant, write the golden file anew and read its
+difference: ``FLAX_WRITE_GOLDEN=1 pytest tests/launch/test_layouts.py``.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from bert_flax.config import BertConfig, PretrainConfig
+from bert_flax.config import InputsConfig as PairInputs
+from core_flax import sharding
+from core_flax.config import MeshConfig, OptimizerConfig, TrainConfig
+from core_flax.params import leaves, path_of
+from core_flax.program import make_program
+from launch.families import PRESETS
+from launch.hlo import read_work
+from lm_flax.config import GPT2Run
+from lm_flax.config import InputsConfig as RowInputs
+from lm_flax.model import GPT2Config
+from seq2seq_flax.config import InputsConfig as PairRows
+from seq2seq_flax.config import TransformerConfig, TranslateConfig
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "collectives.txt"
+V, L, B, D, NUM_STEPS = 61, 16, 8, 32, 5
+SIZES = {"vocab_size": V, "width": D, "num_heads": 4, "mlp_width": 64, "unroll": 1, "remat": "none"}
+TRAIN = TrainConfig(num_steps=NUM_STEPS, batch_size=B)
+# GPT-2 has Adam and dropout; the others, being less to compile, have neither.
+SIMPLE = {"train": TRAIN, "optimizer": OptimizerConfig("sgd", learning_rate=0.1, weight_decay=0.0, clip_norm=None)}
+UNDROPPED = SIZES | {"dropout": 0.0, "attention_dropout": 0.0}
+FAMILIES = {
+    "bert": (
+        PretrainConfig(
+            model=BertConfig(**UNDROPPED, num_layers=2, max_length=L),
+            inputs=PairInputs(length=L, max_predictions=3),
+            **SIMPLE,
+        ),
+        PRESETS["bert_tiny"],
+    ),
+    "gpt2": (
+        GPT2Run(
+            model=GPT2Config(**SIZES, num_layers=2, max_length=L),
+            inputs=RowInputs(length=L),
+            optimizer=OptimizerConfig(learning_rate=1e-2),
+            train=TRAIN,
+        ),
+        PRESETS["gpt2"],
+    ),
+    "seq2seq": (
+        TranslateConfig(model=TransformerConfig(**UNDROPPED, num_layers=1), inputs=PairRows(row_length=L), **SIMPLE),
+        PRESETS["transformer_base"],
+    ),
+}
+LAYOUTS = {
+    f"{name} " + " ".join(f"{axis}={size}" for axis, size in mesh.items()): mesh
+    for name in FAMILIES
+    for mesh in ({"data": 4}, {"fsdp": 4}, {"data": 1, "tensor": 4}, {"fsdp": 2, "tensor": 2})
+}
+TABLE_USES = {"bert": 2, "gpt2": 2, "seq2seq": 3}
+"""How often a step reads the token table: to look up (source and target) and as the output layer."""
+
+
+def batch_of(family, config, step):
+    """Numbers that are in range for what each field is; "sequences" of one document, no padding."""
+    draw = np.random.default_rng(step)
+
+    def values(name, shape, dtype):
+        if "weights" in name or name == "valid" or "sequences" in name:
+            return np.ones(shape, dtype)
+        if "positions" in name:
+            return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+        return draw.integers(0, 2 if name in ("segments", "next_is_random") else V, shape).astype(dtype)
+
+    return {name: values(name, x.shape, x.dtype) for name, x in family.batch(config, step).items()}
+
+
+@dataclasses.dataclass
+class Ran:
+    """Losses of the steps, the compiled program's text, and the shapes of the parameters with their placements."""
+
+    losses: list[float]
+    text: str
+    params: dict
+
+    @functools.cached_property
+    def collectives(self):
+        """(kind, group) -> (how often, bytes of all)."""
+        found: dict = {}
+        for each in read_work(self.text).collectives:
+            count, size = found.get((each.kind, each.group), (0, 0))
+            found[each.kind, each.group] = int(count + each.count), int(size + each.count * each.bytes)
+        return found
+
+    def bytes(self, *kinds):
+        return sum(size for (kind, _), (_, size) in self.collectives.items() if kind in kinds)
+
+
+def begin(abstract_state):
+    """A state to begin with, of any numbers: to compile what draws the real one takes as long as the step."""
+    draw = np.random.default_rng(0)
+
+    def drawn(keys, x):
+        return (draw.normal(scale=0.1, size=x.shape) + (path_of(keys).endswith("scale"))).astype(x.dtype)
+
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state)
+    return dataclasses.replace(zeros, params=jax.tree_util.tree_map_with_path(drawn, abstract_state.params))
+
+
+def run(name, num_devices, **mesh):
+    """Five steps of a family on a mesh."""
+    config, family = FAMILIES[name]
+    config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
+    program = make_program(family.task(config), config, jax.devices()[:num_devices])
+    place = functools.partial(sharding.place_batch, batch_size=B, mesh=program.mesh)
+    losses = []
+    with jax.set_mesh(program.mesh):
+        where = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+        state = jax.device_put(begin(program.abstract_state), where)
+        lowered: Any = program.step.lower(state, place(batch_of(family, config, 0)))
+        compiled = lowered.compile({"xla_backend_optimization_level": 0})  # of a CPU's code, not of what it does
+        for step in range(NUM_STEPS):
+            state, metrics = compiled(state, place(batch_of(family, config, step)))
+            losses.append(float(metrics["loss"]))
+    return Ran(losses, compiled.as_text(), dict(leaves(program.abstract_state.params)))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: run(name, 1).losses for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """Every layout's run, and what the compiler said meanwhile."""
+    with tempfile.TemporaryFile() as said:
+        before = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            found = {key: run(key.split()[0], 4, **mesh) for key, mesh in LAYOUTS.items()}
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        said.seek(0)
+        return found, said.read().decode()
+
+
+@pytest.mark.parametrize("key", LAYOUTS)
+def test_losses_are_those_of_one_device(key, alone, ran):
+    expected = alone[key.split()[0]]
+    assert np.ptp(expected) > 1e-2  # something was learned
+    np.testing.assert_allclose(ran[0][key].losses, expected, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_moved_that_xla_warns_of(ran):
+    assert "rematerialization" not in ran[1]
+
+
+@pytest.mark.parametrize("key", LAYOUTS)
+def test_no_batch_is_gathered(key, ran):
+    """Tokens, positions and segments are the program's only arrays of integers that are worth moving."""
+    gathers = [line for line in ran[0][key].text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    assert not [line for line in gathers if re.search(r"= \(?[su]32\[\d+,", line)]
+
+
+def moved_of_params(ran, split):
+    """Bytes of the parameters that are split, or that are not: (of the stacked layers, others)."""
+    sizes = {True: 0, False: 0}
+    for path, x in ran.params.items():
+        if (x.sharding.shard_shape(x.shape) != x.shape) == split:
+            sizes["layers/" in path] += 4 * x.size
+    return sizes[True], sizes[False]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fsdp_moves_what_the_textbook_says(name, ran):
+    """Parameters are gathered forward and again backward, gradients reduced once (Rajbhandari et al. 2020, arXiv
+    1910.02054, section 7.2.2). What is no layer's lives on from the forward to the backward pass: one gather."""
+    found = ran[0][f"{name} fsdp=4"]
+    layers, others = moved_of_params(found, split=True)
+    assert found.bytes("all-gather") == pytest.approx(2 * layers + others, rel=0.1)
+    # The table is reduced once for each use of it.
+    again = (TABLE_USES[name] - 1) * 4 * V * D
+    reduced = layers + others + again + sum(moved_of_params(found, split=False))
+    assert found.bytes("all-reduce", "reduce-scatter") == pytest.approx(reduced, rel=0.1)
+    assert found.bytes("all-to-all", "collective-permute") < 0.1 * reduced
+
+
+@pytest.mark.parametrize(("name", "num_sums"), [("bert", 2 * 4), ("gpt2", 2 * 4 + 1), ("seq2seq", 4 + 6 + 1 + 1)])
+def test_tensor_parallelism_moves_what_the_textbook_says(name, num_sums, ran):
+    """Activations are summed behind each sublayer, forward and backward (Shoeybi et al. 2019, arXiv 1909.08053, section
+    3): attention and feed-forward of two layers, in translation cross-attention as well, whose gradient goes into the
+    decoder and into the encoder; and the gradient of what goes into the output layer (in BERT of few positions)."""
+    found = ran[0][f"{name} data=1 tensor=4"]
+    assert found.bytes("all-reduce") == pytest.approx(num_sums * 4 * B * L * D, rel=0.1)
+    # The vocabulary does not divide: the table is gathered, and its gradient and that of its bias are put in parts.
+    assert found.bytes("all-gather", "all-to-all", "collective-permute") <= 2 * 4 * V * D
+
+
+def test_data_parallelism_reduces_the_gradients_once(ran):
+    """But that the table is reduced once for each use of it."""
+    for name in FAMILIES:
+        found = ran[0][f"{name} data=4"]
+        assert {kind for kind, _ in found.collectives} == {"all-reduce"}
+        gradients = sum(moved_of_params(found, split=False))
+        assert gradients <= found.bytes("all-reduce") < 1.1 * (gradients + (TABLE_USES[name] - 1) * 4 * V * D)
+
+
+def test_collectives_are_as_pinned(ran):
+    lines = [
+        f"{key:<30}{kind:<20}{group:>3}{count:>6}{size:>10}"
+        for key, found in ran[0].items()
+        for (kind, group), (count, size) in sorted(found.collectives.items())
+    ]
+    text = "\n".join([f"{'':<30}{'':<20}{'of':>3}{'times':>6}{'bytes':>10}", *lines]) + "\n"
+    if os.environ.get("FLAX_WRITE_GOLDEN"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 64, "tensor": 4}], ids=str)
+@pytest.mark.parametrize("name", ["bert_base", "gpt2"])
+def test_published_vocabularies_fit_meshes(name, sizes):
+    """30522 and 50257 divide by none of these; each device keeps its part of the tables all the same."""
+    task = PRESETS[name].task(PRESETS[name].presets[name]())
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    mesh: Any = AbstractMesh(tuple({"data": 1, "fsdp": 1, "tensor": 1, **sizes}.values()), sharding.MESH_AXES)
+    placed = dict(leaves(sharding.param_shardings(params, task.param_rules, mesh, task.axis_fields)))
+    (path, table), *_ = [each for each in leaves(params) if each[0].endswith("token/embedding")]
+    assert placed[path].shard_shape(table.shape) == (table.shape[0], table.shape[1] // math.prod(sizes.values()))
