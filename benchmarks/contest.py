@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,7 +93,7 @@ def load() -> float:
 
 
 def origin() -> dict[str, Any]:
-    """Where figures come from: command (of paths the last part), date, commit, machine."""
+    """Where figures come from: command (of paths the last part), date, commit, machine, versions."""
     return {
         "command": " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,6 +101,7 @@ def origin() -> dict[str, Any]:
         "changed_files": git("status", "--short", "--untracked-files=no").splitlines(),
         "hardware": hardware(),
         "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
     }
 
 

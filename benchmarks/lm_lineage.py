@@ -182,9 +182,9 @@ def num_parameters(workdir: Path) -> int:
 
 
 def report(workdir: Path, num_steps: int, output: Path) -> None:
-    """Writes what there is, as a table and as JSON."""
+    """Writes what has come to its end, as a table and as JSON."""
     found = {name: figures(workdir / name) for name in CONTESTANTS}
-    found = {name: each for name, each in found.items() if each}
+    found = {name: each for name, each in found.items() if each and each["steps"] == num_steps}
     contest.write({"tokens_per_step": TOKENS_PER_STEP, "num_steps": num_steps, "runs": found}, Path(f"{output}.json"))
     rows = [line(name, each) for name, each in found.items()]
     text = [
@@ -229,8 +229,9 @@ def sentence(origin: dict[str, Any]) -> str:
     """Where a run's figures come from."""
     changed = " with changes" if origin["changed_files"] else ""
     machine = origin["hardware"]
+    versions = "".join(f"{name} {number}, " for name, number in origin.get("versions", {}).items())
     return (
-        f"Commit {origin['commit'][:12]}{changed}, {origin['date'][:10]}, Python {origin['python']}, "
+        f"Commit {origin['commit'][:12]}{changed}, {origin['date'][:10]}, seed 0, Python {origin['python']}, {versions}"
         f"{machine['cores']} cores of {machine['cpu']}, load {origin['load']:.1f} at the start."
     )
 

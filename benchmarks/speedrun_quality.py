@@ -5,7 +5,8 @@
 
 The GPT-2 recipe: GPT-2's architecture, AdamW with beta2 0.95 and weight decay 0.1, warmup and cosine decay to a tenth
 over all of its steps; of a few learning rates the best, so that it is not beaten for a badly chosen one. gpt_speedrun
-has 60 % of the steps. Both have the same rows, layers, width and heads. Each run is one of ``lm-flax train`` in the
+has 60 % of the steps. Both have the same rows, layers, width and heads; gpt_speedrun's output layer is a table of its
+own, GPT-2's is the embedding, so the parameters stand beside the loss. Each run is one of ``lm-flax train`` in the
 workdir, so this can be started again. Writes docs/results/gpt_speedrun.md and .json.
 """
 
@@ -16,6 +17,8 @@ import sys
 from pathlib import Path
 
 import contest
+
+from lm_flax.runs import load_run, num_parameters
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 SHARE = 0.6
@@ -81,6 +84,7 @@ def train(options: argparse.Namespace, preset: str, rate: float, steps: int) -> 
     return {
         "preset": preset,
         "learning_rate": rate,
+        "parameters": num_parameters(load_run(home)[0].config),
         "steps": steps,
         "tokens": steps * options.batch * options.length,
         "held_out_loss": curve[-1][1],
@@ -96,16 +100,19 @@ def main() -> None:
     fewer = round(SHARE * options.steps)
     runs += [train(options, "gpt_speedrun", rate, fewer) for rate in options.speedrun_rates]
     rows = [
-        f"| {run['preset']} | {run['learning_rate']:g} | {run['tokens']:,} | {run['held_out_loss']:.4f} |"
+        f"| {run['preset']} | {run['learning_rate']:g} | {run['parameters']:,} | {run['tokens']:,} | "
+        f"{run['held_out_loss']:.4f} |"
         for run in runs
     ]
     report = {"what": "held-out loss, nats a token", **contest.origin(), "seed": options.seed, "runs": runs}
     contest.write(report, options.output / "gpt_speedrun.json")
-    table = "\n".join(["| preset | learning rate | tokens | held-out loss, nats a token |", "|---|---|---|---|", *rows])
+    head = ["| preset | learning rate | parameters | tokens | held-out loss, nats a token |", "|---|---|---|---|---|"]
+    table = "\n".join([*head, *rows])
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     text = (
         f"# gpt_speedrun beside the GPT-2 recipe\n\n{options.layers} layers, {options.width} wide, rows of "
         f"{options.length} tokens, seed {options.seed}; gpt_speedrun has {SHARE:.0%} of the tokens.\n\n{table}\n\n"
-        f"`{report['command']}`, commit {report['commit'][:7]}, {report['hardware']['cores']} cores of "
+        f"`{report['command']}`, commit {report['commit'][:7]}, {versions}, {report['hardware']['cores']} cores of "
         f"{report['hardware']['cpu']}, {report['date'][:10]}. Curves and settings: "
         "[gpt_speedrun.json](gpt_speedrun.json).\n"
     )

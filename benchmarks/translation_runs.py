@@ -64,6 +64,9 @@ def trained(workdir: Path, preset: str, data: Path, options: Sequence[str], last
     words = ["train", preset, "--workdir", workdir, "--data", data, *options]
     averaged, facts, spent = (workdir / name for name in (f"averaged-{last}", "facts.json", "seconds.jsonl"))
     if not facts.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (begun := workdir / "origin.json").exists():  # of the first attempt: what was run, not what is there now
+            begun.write_text(json.dumps(contest.origin()) + "\n", encoding="utf-8")
         began = time.perf_counter()
         try:
             call(workdir.with_suffix(".log"), *words)
@@ -71,7 +74,8 @@ def trained(workdir: Path, preset: str, data: Path, options: Sequence[str], last
             with spent.open("a", encoding="utf-8") as file:
                 file.write(f"{time.perf_counter() - began:.0f}\n")
         seconds = sum(map(int, spent.read_text(encoding="utf-8").split()))
-        origin = {**contest.origin(), "command": shown(words), "versions": VERSIONS, "seconds": seconds}
+        origin = json.loads(begun.read_text(encoding="utf-8"))
+        origin |= {"command": shown(words), "versions": VERSIONS, "seconds": seconds}
         facts.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     if not (averaged / "config.json").exists():
         call(workdir.with_suffix(".log"), "average", "--workdir", workdir, "--last", last)

@@ -156,8 +156,13 @@ def lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
+def result_of(options: argparse.Namespace) -> Path:
+    """The file of a study's result."""
+    return options.workdir / f"result_{options.seed}.json"
+
+
 def run(options: argparse.Namespace, study: Study) -> None:
-    """Trains both models, translates every direction, leaves DIR/result.json."""
+    """Trains both models, translates every direction, leaves DIR/result_SEED.json."""
     source, target = study.asked
     bridged, facts = model(options, study, "bridged", study.bridged)
     bridgeless, other_facts = model(options, study, "bridgeless", study.bridgeless)
@@ -190,7 +195,7 @@ def run(options: argparse.Namespace, study: Study) -> None:
         "training": {"bridged": facts, "bridgeless": other_facts},
         "pairs": {"bridged": study.bridged, "bridgeless": study.bridgeless},
     }
-    (options.workdir / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result_of(options).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def report(options: argparse.Namespace) -> None:
@@ -198,7 +203,7 @@ def report(options: argparse.Namespace) -> None:
     path, figures = options.output.with_suffix(".json"), {}
     if path.exists():
         figures = json.loads(path.read_text(encoding="utf-8"))
-    figures[options.study] = json.loads((options.workdir / "result.json").read_text(encoding="utf-8"))
+    figures[options.study] = json.loads(result_of(options).read_text(encoding="utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     options.output.with_suffix(".md").write_text(page(figures), encoding="utf-8")
@@ -236,7 +241,7 @@ def page(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Train and score what is missing; write the page."""
     options = parse()
-    if not options.report and not (options.workdir / "result.json").exists():
+    if not options.report and not result_of(options).exists():
         options.workdir.mkdir(parents=True, exist_ok=True)
         run(options, STUDIES[options.study])
     report(options)
