@@ -24,6 +24,9 @@ TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x8", "v6e:16x16")
 TOKENS = 8192
 """Tokens that each chip has at least: a preset's batch that is smaller, having been made for fewer chips, is raised."""
 
+FIRST = (("bert_large", "v5e:16x16"), ("llama_7b", "v5p:4x4x8"))
+"""Cells that are wanted before all others; the rest follow by the number of parameters, which compile in that order."""
+
 LARGE = ("gpt2_xl", "llama_1b", "llama_7b")
 """Begin with their parameters split: whole on each chip, they and their optimizer's state would not fit."""
 
@@ -38,6 +41,10 @@ BERT is planned with `--model.attention-dropout 0`: no kernel that leaves the sc
 probabilities; with it the plain way is taken, and attention waits for the memory (`--explain-kernels` tells so).
 
 """
+
+
+class PlanError(Exception):
+    """A plan that ended neither with figures nor with a refusal."""
 
 
 def attempts(preset: str, num_devices: int) -> Iterator[dict[str, str]]:
@@ -73,7 +80,7 @@ def plan(preset: str, topology: str, options: dict[str, str]) -> tuple[dict | No
     command = [sys.executable, "-m", "launch.cli", "plan", preset, "--topology", topology, "--json", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode not in (0, 2):
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+        raise PlanError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return (json.loads(done.stdout) if done.returncode == 0 else None), done.stderr.strip()[-300:]
 
 
@@ -131,6 +138,23 @@ def write_table() -> None:
     TABLE.write_text(HEAD.format(**versions) + "\n".join(rows) + "\n", encoding="utf-8")
 
 
+def in_order(presets: list[str], topologies: list[str]) -> list[tuple[str, str]]:
+    """The cells, those of ``FIRST`` before the others, small models before large ones."""
+    import jax
+
+    from launch.families import PRESETS
+
+    def num_params(preset: str) -> int:
+        task = PRESETS[preset].task(PRESETS[preset].presets[preset]())
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
+
+    sizes = {preset: num_params(preset) for preset in presets}
+    cells = [
+        (preset, topology) for preset in sorted(presets, key=lambda preset: sizes[preset]) for topology in topologies
+    ]
+    return sorted(cells, key=lambda each: each not in FIRST)
+
+
 def main() -> None:
     """All cells that are asked for and not there yet, then the table."""
     sys.path.insert(0, str(ROOT))
@@ -142,14 +166,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="plan nothing, write the table")
     asked = parser.parse_args()
     there = {(each["preset"], each["topology"]) for each in read()}
-    for topology in asked.topologies:
-        for preset in asked.presets:
-            if not asked.table and (preset, topology) not in there:
-                line = cell(preset, topology)
-                with CELLS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                figures = line["plan"]
-                print(preset, topology, figures and (figures["mfu"], figures["roofline"]["bound"]), flush=True)
+    for preset, topology in [] if asked.table else in_order(asked.presets, asked.topologies):
+        if (preset, topology) in there:
+            continue
+        try:
+            line = cell(preset, topology)
+        except PlanError as error:  # left out: the next run tries it again
+            print(preset, topology, error, flush=True)
+            continue
+        with CELLS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        figures = line["plan"]
+        print(preset, topology, figures and (figures["mfu"], figures["roofline"]["bound"]), flush=True)
     write_table()
 
 

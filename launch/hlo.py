@@ -249,9 +249,10 @@ def _kernel_flops(home: Computation, each: Instruction) -> float:
     phase = _SPLASH.search(each.rest)
     if not phase:
         return 0.0
-    read = [shape for name in each.operands if name in home for _, shape, _ in arrays(home[name].type)]
-    queries, keys = [shape for shape in read if len(shape) >= 4][:2]
-    heads = [shape for _, shape, _ in arrays(each.type) if len(shape) >= 4 and shape[-2:] in (queries[-2:], keys[-2:])]
+    read = [each for name in each.operands if name in home for each in arrays(home[name].type)]
+    # Of a single row XLA drops the dim of the batch. Masks and numbers of sequences are integers.
+    queries, keys = [shape for kind, shape, _ in read if len(shape) >= 3 and "f" in kind][:2]
+    heads = [shape for _, shape, _ in arrays(each.type) if len(shape) >= 3 and shape[-2:] in (queries[-2:], keys[-2:])]
     products = 2 if phase[1] == "fwd" else 2 + len(heads)
     return 2.0 * products * math.prod(queries) * keys[-2]
 
@@ -295,42 +296,60 @@ def _traffic(computations: Mapping[str, Computation], home: Computation, each: I
             num_bytes(operand.type, in_memory_only=True) for operand in operands
         )
     body = computations[inside[0]]
-    parameters = {int(each.inside): each for each in body.values() if each.opcode == "parameter"}
-    read = sum(_read_of(body, parameters.get(place), operand) for place, operand in enumerate(operands))
-    return read + _written(body, each)
+    read = sum(_read_of(computations, body, place, operand) for place, operand in enumerate(operands))
+    return read + _written(computations, body, each)
 
 
-def _users(body: Computation, name: str) -> Iterator[Instruction]:
-    """What uses a value, seen through bitcasts."""
+def _parameter(body: Computation, place: int) -> Instruction | None:
+    found = (each for each in body.values() if each.opcode == "parameter" and int(each.inside) == place)
+    return next(found, None)
+
+
+def _users(computations: Mapping[str, Computation], body: Computation, name: str) -> Iterator[Instruction]:
+    """What uses a value, seen through bitcasts and within fusions."""
     for each in body.values():
-        if name in each.operands:
-            if each.opcode == "bitcast":
-                yield from _users(body, each.name)
-            else:
-                yield each
+        if name not in each.operands:
+            continue
+        if each.opcode == "bitcast":
+            yield from _users(computations, body, each.name)
+        elif each.opcode == "fusion":
+            inner = computations[_called(each)[0]]
+            for place, operand in enumerate(each.operands):
+                if operand == name and (parameter := _parameter(inner, place)):
+                    yield from _users(computations, inner, parameter.name)
+        else:
+            yield each
 
 
-def _read_of(body: Computation, parameter: Instruction | None, operand: Instruction) -> float:
-    whole = num_bytes(operand.type, in_memory_only=True)
+def _read_of(computations: Mapping[str, Computation], body: Computation, place: int, operand: Instruction) -> float:
+    whole, parameter = num_bytes(operand.type, in_memory_only=True), _parameter(body, place)
     if parameter is None or not whole:
         return whole
     # What is only handed on is not read.
-    users = [user for user in _users(body, parameter.name) if not (user.is_root and user.opcode == "tuple")]
+    users = _users(computations, body, parameter.name)
+    users = [user for user in users if not (user.is_root and user.opcode == "tuple")]
     if all(user.opcode in ("dynamic-slice", "dynamic-update-slice") for user in users):
         sliced = (num_bytes(user.type) for user in users if user.opcode == "dynamic-slice")
         return min(whole, sum(sliced))
     return whole
 
 
-def _written(body: Computation, each: Instruction) -> float:
-    updates = [one for one in body.values() if one.opcode == "dynamic-update-slice"]
+def _updates(computations: Mapping[str, Computation], body: Computation) -> Iterator[tuple[float, float]]:
+    """(bytes of the whole, of what is written to it) of what changes a slice of something."""
+    for each in body.values():
+        if each.opcode == "dynamic-update-slice":
+            yield num_bytes(each.type), num_bytes(body[each.operands[1]].type)
+        elif each.opcode == "fusion":
+            yield from _updates(computations, computations[_called(each)[0]])
+
+
+def _written(computations: Mapping[str, Computation], body: Computation, each: Instruction) -> float:
     written = num_bytes(each.type, in_memory_only=True)
     root = next((one for one in body.values() if one.is_root), each)
     if root.opcode == "tuple":
         handed_on = [body[name].type for name in root.operands if body[name].opcode == "parameter"]
         written -= sum(num_bytes(kind, in_memory_only=True) for kind in handed_on)
-    for update in updates:
-        whole, part = num_bytes(update.type), num_bytes(body[update.operands[1]].type)
+    for whole, part in _updates(computations, body):
         written = max(part, written - whole + part)
     return max(0.0, written)
 

@@ -105,6 +105,47 @@ metadata={{op_name="jit(step)/splash_mha_{phase}/pallas_call"}}
     assert work.bytes > 2 * 2 * 4 * 256 * 64
 
 
+def test_a_slice_that_is_taken_within_fusions_is_a_slice():
+    """As XLA nests them around collectives: a layer is read of 24, and another one written."""
+    text = """%inner (a: f32[24,8], i: s32[]) -> f32[1,8] {
+  %a = f32[24,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %taken = f32[1,8]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,8}
+}
+%writing (b: f32[24,8], part: f32[1,8], j: s32[]) -> f32[24,8] {
+  %b = f32[24,8]{1,0} parameter(0)
+  %part = f32[1,8]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %put = f32[24,8]{1,0} dynamic-update-slice(%b, %part, %j, %j)
+}
+%outer (kept: f32[24,8], all: f32[24,8], k: s32[]) -> f32[24,8] {
+  %kept = f32[24,8]{1,0} parameter(0)
+  %all = f32[24,8]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %layer = f32[1,8]{1,0} fusion(%all, %k), kind=kLoop, calls=%inner
+  ROOT %result = f32[24,8]{1,0} fusion(%kept, %layer, %k), kind=kLoop, calls=%writing
+}
+ENTRY %main (x: f32[24,8], y: f32[24,8], n: s32[]) -> f32[24,8] {
+  %x = f32[24,8]{1,0} parameter(0)
+  %y = f32[24,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %done = f32[24,8]{1,0} fusion(%x, %y, %n), kind=kOutput, calls=%outer
+}"""
+    assert read_work(text).bytes == 2 * 4 * 8 + 4
+
+
+def test_of_a_single_row_the_attention_kernel_has_no_dim_of_the_batch():
+    text = """ENTRY %main (mask: s8[1,8,8]) -> f32[] {
+  %mask = s8[1,8,8]{2,1,0} parameter(0)
+  %q = bf16[4,256,64]{2,1,0} parameter(1)
+  %k = bf16[2,384,64]{2,1,0} parameter(2)
+  %ids = s32[256,128]{1,0} parameter(3)
+  %kernel = (f32[128,64], bf16[2,384,64], bf16[2,384,64]) custom-call(%mask, %q, %k, %k, %ids), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/splash_mha_dkv_segmented/pallas_call"}
+}"""
+    assert read_work(text).flops == 4 * 2 * 4 * 256 * 384 * 64
+
+
 @pytest.fixture(scope="module")
 def plan():
     topology = Topology("cpu:4", jax.devices()[:4], Chip())
