@@ -95,6 +95,7 @@ def _jobset(options: GkeCommand, pod: dict[str, Any], hosts: int) -> dict[str, A
     # Any pod's end but success starts the whole set again: a single process cannot come back into a running job. What
     # would fail again, the user's mistakes and a loss that is not finite, fails the set at once.
     would_fail_again = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2, 70]}}
+    end_it_all = {"name": "wouldFailAgain", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     job = {
         "parallelism": hosts,
         "completions": hosts,
@@ -113,7 +114,7 @@ def _jobset(options: GkeCommand, pod: dict[str, Any], hosts: int) -> dict[str, A
         "spec": {
             "failurePolicy": {
                 "maxRestarts": options.max_restarts,
-                "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+                "rules": [end_it_all],
             },
             "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": job}}],
         },

@@ -42,6 +42,47 @@ def test_scripts_are_bash(name):
     assert checked.returncode == 0, checked.stderr
 
 
+PYTHON = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+
+
+def check(value, schema, where="JobSet"):
+    """That a value is what an OpenAPI schema says: no field that it does not have, all that it requires."""
+    if not schema.get("x-kubernetes-int-or-string"):
+        assert type(value) is PYTHON[schema["type"]], where
+    assert value in schema.get("enum", [value]), where
+    if isinstance(value, list):
+        for number, each in enumerate(value):
+            check(each, schema["items"], f"{where}[{number}]")
+    if isinstance(value, dict) and schema.keys() > {"type"}:
+        assert set(schema.get("required", ())) <= set(value), where
+        for name, each in value.items():
+            inner = schema["properties"][name] if "properties" in schema else schema["additionalProperties"]
+            check(each, inner, f"{where}.{name}")
+
+
+@pytest.mark.parametrize("more", [{}, {"spot": True, "service_account": "trainer", "slices": 4}])
+def test_jobset_is_of_its_schema(more):
+    """Of the custom resource definition: kubernetes-sigs/jobset, of its fields those that are written."""
+    schema = json.loads((GOLDEN / "jobset_schema.json").read_text())["openAPIV3Schema"]
+    options = gke.GkeCommand(name="bert", topology="v5e:16x16", image="registry.example/bert:1", **more)
+    manifest = json.loads(gke.make_job(options, COMMAND).content)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    check(manifest, schema)
+    manifest["spec"]["failurePolicy"]["maxRestart"] = 1
+    with pytest.raises(KeyError, match="maxRestart"):
+        check(manifest, schema)
+
+
+def test_gcloud_is_asked_what_it_documents():
+    """cloud.google.com/sdk/gcloud/reference/compute/tpus: flags that are required, and all that are written."""
+    (line,) = (line for line in JOBS["tpu-vm"].content.splitlines() if line.startswith("create=("))
+    flags = {word.partition("=")[0] for word in line.removeprefix("create=(").rstrip(")").split()}
+    required = {"--node-id", "--accelerator-type", "--runtime-version"}
+    assert required <= flags <= required | {"--spot"}
+    (place,) = (line for line in JOBS["tpu-vm"].content.splitlines() if line.startswith("place=("))
+    assert place == "place=(--zone=us-east5-a --project=p)"
+
+
 def test_jobset_counts_hosts_and_chips():
     """4 x 8 chips of v5e in a slice of several hosts are eight nodes of four (GKE, "plan TPUs")."""
     (replicated,) = json.loads(JOBS["gke"].content)["spec"]["replicatedJobs"]
