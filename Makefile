@@ -38,7 +38,7 @@ check: .venv/ready-dev
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(BIN)/pip install -q --disable-pip-version-check -e .[dev,tensorboard]
+	$(BIN)/pip install -q --disable-pip-version-check -e .[dev,tensorboard,gcs,beam]
 	touch $@
 
 clean:

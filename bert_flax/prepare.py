@@ -15,11 +15,12 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from bert_flax import vocabulary_sample
-from core_flax.config import check_range, local_folder
-from core_flax.data import corpora, folder, records
+from core_flax.config import check_range
+from core_flax.data import beam, corpora, folder, records
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
 from core_flax.signals import Stopped
+from core_flax.storage import local_folder
 from core_flax.text import wordpiece
 from core_flax.text.sentences import SentenceMode, split_sentences
 from core_flax.text.wordpiece import WordPiece
@@ -29,7 +30,7 @@ _BLOCK_CHARACTERS = 4 << 20
 _ENCODE_SENTENCES = 1024
 _OWN_FILES = re.compile(
     r"(train|valid)-\d{5}(-of-\d{5})?\.arrayrecord(\.partial)?|(train|valid)\.(index|unigram)\.(npy|partial)|"
-    r"vocab\.txt|manifest\.json(\.partial)?|prepare\.lock"
+    r"vocab\.txt|manifest\.json(\.partial)?|prepare\.lock|" + beam.PARTIAL
 )
 
 
@@ -50,6 +51,10 @@ class PrepareConfig:
     """Lower-case the text and strip accents (uncased model)."""
     num_workers: int | None = None
     """Processes that encode text; None: one per core. The output does not depend on it."""
+    beam: tuple[str, ...] = ()
+    """Options of an Apache Beam pipeline, as in "runner=FlinkRunner flink_master=HOST:8081", whose workers then encode
+    text, each an input at a time, in place of processes here. They must see the inputs and the output folder under the
+    same names. The output does not depend on it."""
     documents: corpora.DocumentMode = "blank-line"
     """What separates documents in plain text. blank-line: blank lines; file: nothing, a file is one document, and blank
     lines separate paragraphs. (In .jsonl, tfds and python:docs a record is a document.)"""
@@ -73,6 +78,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
         check_range("", self, "num_workers", least=1)
+        if self.beam and self.num_workers is not None:
+            raise UserError("--num-workers is for processes of this machine: it does not go with --beam")
         check_range("", self, "valid_fraction", least=0, most=0.5)
         check_range("", self, "vocab_sample_mb", above=0)
 
@@ -243,17 +250,21 @@ class _Encoder:
 def _blocks(parts: Iterable[Part]) -> Iterator[list[Part]]:
     """Parts in blocks of about four million characters; only longer documents are divided among blocks.
 
-    The last part of a document stays with the one before it: alone it may be one sentence, which the document is not.
+    Where a document is divided depends on nothing but itself. Its last part stays with the one before it: alone it may
+    be one sentence, which the document is not.
     """
     block: list[Part] = []
-    size = 0
+    size = size_of_document = 0
     for part in parts:
-        ends = block and (block[-1].last or (size >= 2 * _BLOCK_CHARACTERS and not part.last))
-        if ends and size >= _BLOCK_CHARACTERS:
+        if block and block[-1].last:
+            size_of_document = 0
+        ends = size >= _BLOCK_CHARACTERS and size_of_document == 0
+        if ends or (size_of_document >= 2 * _BLOCK_CHARACTERS and not part.last):
             yield block
-            block, size = [], 0
+            block, size, size_of_document = [], 0, 0
         block.append(part)
         size += len(part.text)
+        size_of_document += len(part.text)
     if block:
         yield block
 
@@ -281,7 +292,9 @@ def _encode(
 ) -> records.Manifest:
     writers = {split: records.SplitWriter(directory, split, vocabulary.num_tokens) for split in records.SPLITS}
     try:
-        dropped = _write(config, vocabulary, _HeldOut(config.valid_fraction, writers["train"], writers["valid"]))
+        dropped = _write(
+            config, vocabulary, directory, _HeldOut(config.valid_fraction, writers["train"], writers["valid"])
+        )
         finished = {split: writer.finish() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -310,14 +323,39 @@ def _encode(
     return manifest
 
 
-def _write(config: PrepareConfig, vocabulary: WordPiece, held_out: _HeldOut) -> int:
+@dataclass(frozen=True)
+class _InputEncoder:
+    """The work of one of Beam's workers: all of an input, its documents counted from 0."""
+
+    encoder: _Encoder
+    documents: corpora.DocumentMode
+    document_start: str | None
+
+    def __call__(self, name: str) -> Iterator[list[_Encoded]]:
+        return map(self.encoder, _blocks(corpora.read_parts([name], self.documents, self.document_start)))
+
+
+def _encoded(config: PrepareConfig, encoder: _Encoder, directory: Path) -> Iterator[list[_Encoded]]:
+    """All of the input, block by block."""
+    if not config.beam:
+        workers = config.num_workers or _num_cores()
+        blocks = _blocks(_read(config, "2/2 encoding"))
+        yield from ordered_map(encoder, blocks, num_processes=workers if workers > 1 else 0, ahead=workers + 2)
+        return
+    work, first = _InputEncoder(encoder, config.documents, config.document_start), 0
+    for results in beam.each_of(work, config.input, config.beam, directory):
+        last = first
+        for block in results:
+            yield [dataclasses.replace(each, document=first + each.document) for each in block]
+            last = first + block[-1].document
+        first = last + 1
+
+
+def _write(config: PrepareConfig, vocabulary: WordPiece, directory: Path, held_out: _HeldOut) -> int:
     """Encode everything and give it to the writers, in order. Returns the number of documents that were dropped."""
     encoder = _Encoder(vocabulary, config.sentences, config.single_sentence_documents)
-    blocks = _blocks(_read(config, "2/2 encoding"))
-    num_workers = config.num_workers or _num_cores()
-    encoded = ordered_map(encoder, blocks, num_processes=num_workers if num_workers > 1 else 0, ahead=num_workers + 2)
     written, current, last, writer = 0, -1, -1, None
-    for block in encoded:
+    for block in _encoded(config, encoder, directory):
         for piece in block:
             last = piece.document
             if not piece.passages:

@@ -19,6 +19,7 @@ from bert_flax.finetune.model import architecture
 from bert_flax.huggingface import Pretrained, Report, TaskHead, load_pretrained, save_pretrained
 from bert_flax.huggingface_names import HEADS
 from core_flax import config as configs
+from core_flax import storage
 from core_flax.checkpoint import Checkpoints, load_params
 from core_flax.config import CheckpointConfig
 from core_flax.run import CHECKPOINTS, CONFIG, kind_of, new_folder
@@ -55,8 +56,9 @@ def export_hf(workdir: str, output: str, step: int | None = None) -> None:
       step: of the checkpoint; None: the newest, of fine-tuning the best.
     """
     home = new_folder(output)
-    pretrained = load_init(str(configs.local_folder("--workdir", workdir)), step)
-    save_pretrained(home, pretrained.config, pretrained.params, pretrained.vocabulary, pretrained.head)
+    pretrained = load_init(str(storage.folder("--workdir", workdir)), step)
+    with storage.filling(home) as folder:
+        save_pretrained(folder, pretrained.config, pretrained.params, pretrained.vocabulary, pretrained.head)
     print(f"{output}: {_size(pretrained)}")
     for line in pretrained.report.lines():
         print(f"  {line}")
@@ -72,14 +74,14 @@ def load_init(path: str, step: int | None = None) -> Pretrained:
     Raises:
       UserError: it is none of these, or it is damaged.
     """
-    folder = Path(path)
+    folder = storage.folder("--init", path)
     kind = kind_of(folder)
     if kind == finetuned.KIND or (kind is None and any(folder.glob(f"seed-*/{CONFIG}"))):
         return _load_finetuned(path, step)
     if kind is None:
         if step is not None:
             raise UserError(f"--step {step}: {path} is a folder of Hugging Face's, which has no steps")
-        return load_pretrained(folder)
+        return load_pretrained(storage.local_folder("--init", path))
     if kind == KIND:
         return _load_imported(folder, step)
     if kind == runs.KIND:
@@ -89,12 +91,13 @@ def load_init(path: str, step: int | None = None) -> Pretrained:
 
 def save_imported(folder: Path, pretrained: Pretrained) -> None:
     """Write a model as a folder that load_init reads; config.json last, since it makes the folder one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     head = pretrained.head
     params = dict(pretrained.params)
     if head:
         params[HEAD] = {"kernel": head.kernel, "bias": head.bias}
-    pretrained.vocabulary.save(folder / VOCAB)
+    with storage.replacing(folder / VOCAB) as partial:
+        pretrained.vocabulary.save(partial)
     checkpoints = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {}))
     checkpoints.close()

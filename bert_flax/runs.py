@@ -14,13 +14,13 @@ from bert_flax.presets import OWN_TEXT_VOCAB_SIZE, PRESETS
 from bert_flax.pretrain import make_task
 from bert_flax.sharding import PARAM_RULES
 from core_flax import config as configs
-from core_flax import kernels
+from core_flax import kernels, storage
 from core_flax.cli import settings_of
 from core_flax.data.records import Manifest, PassageStore
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train
 from core_flax.program import check_settings, make_program
-from core_flax.run import CONFIG, LOCK, Run, busy, with_vocabulary
+from core_flax.run import CONFIG, LOCK, Run, busy, own_data, with_vocabulary
 from core_flax.run import evaluate as run_evaluate
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
@@ -34,7 +34,7 @@ class PretrainCommand(PretrainConfig):
     """Options of ``bert-flax pretrain``: where, on what, and every setting of the run."""
 
     workdir: str
-    """Folder of the run: settings, checkpoints, metrics.jsonl. A run that is there already is resumed."""
+    """Folder of the run, or gs://BUCKET/FOLDER: settings, checkpoints, metrics.jsonl. One that is there is resumed."""
     data: str | None = None
     """Folder made by bert-flax prepare; None: that of the run to resume, or the text that Python ships, prepared under
     the workdir."""
@@ -70,7 +70,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
     Raises:
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
-    workdir = configs.local_folder("--workdir", command.workdir)
+    workdir = storage.folder("--workdir", command.workdir)
     optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
     asked = dataclasses.replace(settings_of(command, PretrainConfig), optimizer=optimizer)
     _check_model(asked)
@@ -80,7 +80,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
         if old:
             data = old.data_folder(command.data)
         else:
-            data = _own_text(workdir) if command.data is None else configs.local_folder("--data", command.data)
+            data = _own_text(workdir) if command.data is None else storage.local_folder("--data", command.data)
         store = PassageStore(data, "train")
         vocabulary = WordPiece.load(data / VOCAB, store.manifest.lowercase)
         config = with_vocabulary(asked, "--model.vocab-size" in given, vocabulary.num_tokens)
@@ -96,7 +96,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
 
 
 def _own_text(workdir: Path) -> Path:
-    data = workdir / "data"
+    data = own_data(workdir)
     own = PrepareConfig(("python:docs",), str(data), vocab_size=OWN_TEXT_VOCAB_SIZE, valid_fraction=0.05)
 
     def make() -> None:

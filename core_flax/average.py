@@ -6,7 +6,6 @@ on the way is better than the last of them is Polyak and Juditsky 1992.
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core_flax import storage
 from core_flax.checkpoint import Checkpoints, list_steps, load_params
-from core_flax.config import CheckpointConfig, local_folder, replacing
+from core_flax.config import CheckpointConfig
 from core_flax.run import CHECKPOINTS, CONFIG, new_folder
 from core_flax.state import TrainState
 from core_flax.types import Params, UserError
@@ -40,7 +40,7 @@ def average(workdir: str, last: int, output: str | None = None) -> tuple[Path, l
     Raises:
       UserError: there is no run, it has not so many checkpoints, one is damaged, or the output is not empty.
     """
-    folder = local_folder("--workdir", workdir)
+    folder = storage.folder("--workdir", workdir)
     if last < 1:
         raise UserError(f"--last {last}: must be 1 or more")
     home = new_folder(folder / f"averaged-{last}" if output is None else output)
@@ -53,7 +53,7 @@ def average(workdir: str, last: int, output: str | None = None) -> tuple[Path, l
             "for fewer, or train with --checkpoint.keep-last that high"
         )
     params = mean_of(folder / CHECKPOINTS, steps[-last:])
-    home.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(home)
     checkpoints = Checkpoints(home / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(steps[-1]), params, {}))
     checkpoints.close()
@@ -81,9 +81,10 @@ def _copy_settings(folder: Path, home: Path) -> None:
     """All files that lie beside the checkpoints but for records and locks; config.json last, it makes a run."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix not in (".jsonl", ".lock", ".tmp") and path.name != CONFIG:
-            shutil.copyfile(path, home / path.name)
+            with storage.replacing(home / path.name) as partial:
+                partial.write_bytes(path.read_bytes())
     stored = read_json(folder / CONFIG)
     if isinstance(stored.get("data"), str):  # of data in the run's own folder it says where, from there
-        stored["data"] = os.path.normpath(folder.absolute() / stored["data"])
-    with replacing(home / CONFIG) as partial:
+        stored["data"] = os.path.normpath(storage.absolute(folder) / stored["data"])
+    with storage.replacing(home / CONFIG) as partial:
         partial.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")

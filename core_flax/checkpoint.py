@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 
-from core_flax import snapshot
+from core_flax import snapshot, storage
 from core_flax.config import CheckpointConfig
 from core_flax.snapshot import DamagedError
 from core_flax.state import TrainState
@@ -177,7 +177,7 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         (folder / _COMMITTED).unlink(missing_ok=True)
-        if not _LEFTOVER.fullmatch(folder.name):
+        if not _LEFTOVER.fullmatch(folder.name) and not storage.is_remote(folder):  # there the mark was all it took
             folder = folder.rename(folder.with_name(folder.name + ".deleted"))
         folder.rmtree(missing_ok=True)
 
@@ -316,21 +316,16 @@ def _by_loss(root: epath.Path) -> dict[int, float]:
 
 
 def _is_complete(folder: epath.Path) -> bool:
-    return not _is_remote(folder) or (folder / _COMMITTED).exists()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
+    return not storage.is_remote(folder) or (folder / _COMMITTED).exists()
 
 
 def _absolute(directory: str | os.PathLike[str]) -> epath.Path:
-    path = epath.Path(directory)
-    return path if _is_remote(path) else epath.Path(os.path.abspath(path))  # Orbax refuses relative paths
+    return epath.Path(storage.absolute(storage.path(directory)))  # Orbax refuses relative paths
 
 
 def _free_bytes(root: epath.Path) -> int | None:
     """Free bytes of the file system that holds, or will hold, the folder; None where there is no such figure."""
-    if _is_remote(root):
+    if storage.is_remote(root):
         return None
     while not root.exists():
         root = root.parent

@@ -5,20 +5,19 @@ docstring under a field is its help text on the command line. Fields named in a 
 is resumed; all others define the run, and ``differences`` names those that would make it another run.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import operator
-import os
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from core_flax.storage import replacing
 from core_flax.types import UserError
 
 CONFIG_FORMAT = 1
@@ -158,14 +157,22 @@ class MeshConfig:
     """Ways the batch and also parameters and optimizer state are split."""
     tensor: int = 1
     """Ways heads, feed-forward and vocabulary are split."""
+    sequence: int = 1
+    """As tensor, and what lies between sublayers (norms, dropout, residuals) is split too, along the length."""
+    dcn_data: int = 1
+    """Slices (or hosts of GPUs) over which the batch is split, parameters whole in each: across the slow network."""
+    dcn_fsdp: int = 1
+    """Slices (or hosts of GPUs) over which the batch and also parameters and optimizer state are split."""
     zero1: bool = False
     """Split optimizer state over data as well, where parameters are whole (ZeRO-1): less memory, the same run."""
 
-    FREE: ClassVar = frozenset({"data", "fsdp", "tensor", "zero1"})
+    FREE: ClassVar = frozenset({"data", "fsdp", "tensor", "sequence", "dcn_data", "dcn_fsdp", "zero1"})
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        check_range("mesh", self, *(("fsdp", "tensor") if self.data == -1 else ("data", "fsdp", "tensor")), least=1)
+        check_range("mesh", self, "fsdp", "tensor", "sequence", "dcn_data", "dcn_fsdp", least=1)
+        if self.data != -1:
+            check_range("mesh", self, "data", least=1)
 
 
 @dataclass(frozen=True)
@@ -288,44 +295,6 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     return getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises UserError that names the file if the system does not let us write it, as a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of ``path``, or is gone. Raises UserError as ``writing`` does.
-
-    What is there and is no file, such as /dev/null or a pipe, is written itself.
-    """
-    with writing(path):
-        if path.exists() and not path.is_file():
-            yield path
-            return
-        whole = path.resolve()  # where a link leads is replaced, not the link
-        # A name that no file of the user's has, nor one that another process is writing beside it.
-        partial = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
-        try:
-            yield partial
-            partial.replace(whole)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def local_folder(option: str, folder: str) -> Path:
-    """The folder that an option names. Raises UserError if it names none, or one that is not a local file's."""
-    if not folder:
-        raise UserError(f"{option} is empty; give a folder")
-    if "://" in folder:
-        raise UserError(f"{option} {folder}: only local folders can be read and written yet; mount it, or copy it")
-    return Path(folder)
 
 
 def save(path: Path, kind: str, config: Any, **extra: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from core_flax.storage import is_remote
 from core_flax.types import UserError
 
 
@@ -17,6 +18,18 @@ def only_writer(path: Path, refusal: str) -> Iterator[None]:
     Raises:
       UserError: another process holds it (``refusal`` says so), or it cannot be made.
     """
+    if is_remote(path):
+        from core_flax.lease import leased  # with TensorStore, which takes its time to import
+
+        with leased(str(path), refusal):
+            yield
+    else:
+        with _locked(path, refusal):
+            yield
+
+
+@contextmanager
+def _locked(path: Path, refusal: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")

@@ -1,8 +1,6 @@
-"""What a run prints and writes while it trains: one progress line, metrics.jsonl, TensorBoard files, a summary."""
+"""What a run prints and writes while it trains: one progress line, metrics.jsonl, a summary."""
 
 import contextlib
-import importlib
-import importlib.util
 import json
 import logging
 import math
@@ -10,7 +8,6 @@ import os
 import sys
 import threading
 import time
-import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +17,8 @@ from typing import Any, NamedTuple, TextIO
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from core_flax.config import replacing, writing
+from core_flax import storage
+from core_flax.storage import replacing, writing
 from core_flax.types import UserError
 
 WINDOW_SECONDS = 30.0
@@ -69,7 +67,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: TextIO | None = None
+        self._file: TextIO | storage.Appender | None = None
         self._known: set[tuple[int, str]] = set()  # (step, name) of the step that the run goes on from
 
     def truncate_after(self, step: int) -> None:
@@ -81,7 +79,7 @@ class MetricsFile:
         self.close()
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = self._path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for number, line in enumerate(lines, 1) if self._belongs(line, step, number, len(lines))]
         if len(kept) < len(lines):
             with replacing(self._path) as partial:
@@ -112,8 +110,7 @@ class MetricsFile:
         try:
             with writing(self._path):
                 if self._file is None:
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
-                    self._file = self._path.open("a", encoding="utf-8")
+                    self._file = storage.open_to_append(self._path)
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
         except UserError:
@@ -121,6 +118,12 @@ class MetricsFile:
                 self.close()
             self._file = None
             raise
+
+    def sync(self) -> None:
+        """See that what was written outlives this process, in a bucket too."""
+        if isinstance(self._file, storage.Appender):
+            with writing(self._path):
+                self._file.sync()
 
     def close(self) -> None:
         """Close the file; a later write opens it again."""
@@ -133,42 +136,6 @@ def _finite_or_none(value: float) -> float | None:
     # NaN and Infinity are no JSON: other readers than Python's would reject the line.
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None
-
-
-class TensorBoard:
-    """Scalars for TensorBoard, written by the package tensorboard itself, without TensorFlow."""
-
-    def __init__(self, directory: Path, start_step: int) -> None:
-        # tensorboard.compat prefers a TensorFlow that happens to be installed, unless this module exists.
-        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
-        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
-        self._event: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
-        self._summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        self._directory = directory
-        with writing(directory):
-            self._writer = writer.EventFileWriter(str(directory), flush_secs=10)
-        if start_step:
-            # Readers then discard what an interrupted run wrote beyond the checkpoint it is resumed from.
-            self._add(start_step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one point to the curve of each name; a name's part before a slash groups curves."""
-        scalars = [self._summary.Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
-        self._add(step, summary=self._summary.Summary(value=scalars))
-
-    def _add(self, step: int, **content: Any) -> None:
-        with writing(self._directory):
-            self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
-
-    def close(self) -> None:
-        """Write what is pending and close the file."""
-        with writing(self._directory):
-            self._writer.close()
-
-
-def open_tensorboard(directory: Path, start_step: int) -> TensorBoard | None:
-    """A writer into ``directory``; None if the package tensorboard is not installed."""
-    return TensorBoard(directory, start_step) if importlib.util.find_spec("tensorboard") else None
 
 
 class _Bar(tqdm):

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from core_flax import hardware
 from core_flax.agreement import Agreement
 from core_flax.config import RunConfig
+from core_flax.curves import open_tensorboard
 from core_flax.evaluate import make_evaluate
-from core_flax.logs import Interval, MetricsFile, Progress, open_tensorboard
+from core_flax.logs import Interval, MetricsFile, Progress
 from core_flax.optim import sums_of_squares
 from core_flax.params import count
 from core_flax.program import Program
@@ -161,6 +162,9 @@ class Recorder:
         Parameters are looked at here and not at every step: one that is not finite shows in the next step's loss.
         """
         self.flush()
+        self._file.sync()
+        if self._board:
+            self._board.sync()
         bad = first_bad_parameter(self._abstract_params, self._squares(params))
         if bad:
             self._fail(f"step {step}: {bad} itself is")

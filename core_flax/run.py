@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from core_flax import config as configs
+from core_flax import storage
 from core_flax.checkpoint import load_params
 from core_flax.config import MeshConfig, RunConfig
 from core_flax.distributed import first_does
@@ -61,13 +62,13 @@ class Run(Generic[C]):
         Raises:
           UserError: the folder holds none of these kinds of run, or it is damaged.
         """
-        folder = configs.local_folder("--workdir", str(workdir))
+        folder = storage.folder("--workdir", str(workdir))
         stored = configs.load(folder / CONFIG, kinds, data=str, content=str, tokenizer=str, **facts)
         return cls(
             workdir=folder,
             kind=stored["kind"],
             config=configs.load_config(folder / CONFIG, kinds[stored["kind"]], stored),
-            data=folder.absolute() / stored["data"],
+            data=Path(stored["data"]) if storage.is_remote(folder) else folder.absolute() / stored["data"],
             content=stored["content"],
             tokenizer=stored["tokenizer"],
             facts={name: stored[name] for name in facts},
@@ -82,11 +83,11 @@ class Run(Generic[C]):
         first_does(lambda: self._save(tokenizer_file, write_tokenizer))
 
     def _save(self, tokenizer_file: str, write_tokenizer: Callable[[Path], None]) -> None:
-        with configs.writing(self.workdir):
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        home = self.workdir.absolute()  # the folder of a run may be moved, with the data that is in it
+        with storage.writing(self.workdir):
+            storage.make_folder(self.workdir)
+        home = storage.absolute(self.workdir)  # the folder of a run may be moved, with the data that is in it
         data = self.data.relative_to(home) if self.data.is_relative_to(home) else self.data
-        with configs.replacing(self.workdir / tokenizer_file) as partial:
+        with storage.replacing(self.workdir / tokenizer_file) as partial:
             write_tokenizer(partial)
         about = {"data": str(data), "content": self.content, "tokenizer": self.tokenizer}
         configs.save(self.workdir / CONFIG, self.kind, self.config, **about, **self.facts)
@@ -103,7 +104,7 @@ class Run(Generic[C]):
     def data_folder(self, given: str | None) -> Path:
         """The folder of the data: the one given, else the run's. Raises UserError if the run's has been moved."""
         if given is not None:
-            return configs.local_folder("--data", given)
+            return storage.local_folder("--data", given)
         if not self.data.is_dir():
             where = f"data folder {self.data}, which {self.workdir / CONFIG} names, is not there"
             raise UserError(f"{where}; give its new place with --data")
@@ -134,10 +135,19 @@ class Run(Generic[C]):
 
 def new_folder(output: str | Path) -> Path:
     """The folder that --output names. Raises UserError if it holds something."""
-    folder = configs.local_folder("--output", str(output))
+    folder = storage.folder("--output", str(output))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {output} is there already, and not empty; give a new folder")
     return folder
+
+
+def own_data(workdir: Path) -> Path:
+    """Where a run prepares the text it brings. Raises UserError if that is in a bucket: data lie on local disks."""
+    if storage.is_remote(workdir):
+        raise UserError(
+            f"--workdir {workdir} is in a bucket and has no data of its own; give a local folder with --data"
+        )
+    return workdir / "data"
 
 
 def kind_of(folder: Path) -> str | None:

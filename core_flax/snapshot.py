@@ -13,7 +13,8 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
+from core_flax import storage
 from core_flax.params import path_of
 from core_flax.state import TrainState
 from core_flax.types import Array, Params, UserError
@@ -111,9 +113,8 @@ def add_metrics(folder: epath.Path, metrics: Mapping[str, float] | None) -> None
     """Give a checkpoint that was saved without metrics those that were computed later. Raises as read_manifest does."""
     manifest = read_manifest(folder)
     if metrics and manifest["metrics"] is None and jax.process_index() == 0:
-        partial = folder / "manifest" / "manifest.tmp"
-        partial.write_text(json.dumps(seal(manifest | {"metrics": _floats(metrics)})))
-        partial.replace(_manifest_path(folder))
+        with storage.replacing(cast(Path, _manifest_path(folder))) as partial:
+            partial.write_text(json.dumps(seal(manifest | {"metrics": _floats(metrics)})))
 
 
 def seal(manifest: Manifest) -> Manifest:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from core_flax.config import replacing
+from core_flax.storage import replacing
 from core_flax.torch_files import read_torch
 from core_flax.types import UserError
 

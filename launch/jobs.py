@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core_flax import config as configs
+from core_flax import storage
 from core_flax.types import UserError
 
 
@@ -58,7 +58,7 @@ def submit(job: Job, options: JobOptions) -> None:
         print(f"# {path}\n{job.content}\n# commands, in {options.output}")
         print("\n".join(shlex.join(command) for command in job.commands))
         return
-    with configs.writing(path):
+    with storage.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(job.content, encoding="utf-8")
     print(f"wrote {path}", flush=True)

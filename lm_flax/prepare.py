@@ -1,6 +1,7 @@
 """From text to the folder that training reads: a tokenizer, streams of tokens and a manifest. Imports no jax."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import re
@@ -11,16 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from core_flax.config import check_range, local_folder
-from core_flax.data import corpora, folder
-from core_flax.data.corpora import Part
+from core_flax.config import check_range
+from core_flax.data import beam, corpora, folder
 from core_flax.data.feed import ordered_map
+from core_flax.storage import local_folder
 from core_flax.text.wordpiece import single_threaded
 from core_flax.types import UserError
 from lm_flax import tokenizers
 from lm_flax.data import SPLITS, Manifest, SplitInfo, TokenStore, TokenWriter
+from lm_flax.text import Input, Piece, Text
 from lm_flax.tokenizers import KINDS, Characters, Tokenizer, Words
 
 DEFAULT_VOCAB_SIZE = 32_000
@@ -29,7 +30,7 @@ _PIECE_CHARACTERS = 1 << 14
 """SentencePiece leaves out sentences of more than 65536 bytes, which four times as many characters may be."""
 _OWN_FILES = re.compile(
     r"(train|valid)\.(tokens(\.partial)?|(ends|counts)\.npy)|tokenizer\.(json|model)|manifest\.json(\.partial)?|"
-    r"prepare\.lock"
+    r"prepare\.lock|" + beam.PARTIAL
 )
 
 
@@ -66,6 +67,10 @@ class PrepareConfig:
     """BPE and SentencePiece are trained on at most this much text (10**6 bytes), drawn evenly from all of it."""
     num_workers: int | None = None
     """Processes that encode text; None: one per core. The output does not depend on it."""
+    beam: tuple[str, ...] = ()
+    """Options of an Apache Beam pipeline, as in "runner=FlinkRunner flink_master=HOST:8081", whose workers then encode
+    text, each an input at a time, in place of processes here. They must see the inputs and the output folder under the
+    same names. The output does not depend on it."""
     overwrite: bool = False
     """Replace a complete folder."""
 
@@ -75,6 +80,8 @@ class PrepareConfig:
         check_range("", self, "valid_fraction", least=0, most=0.5)
         check_range("", self, "vocab_sample_mb", above=0)
         check_range("", self, "num_workers", least=1)
+        if self.beam and self.num_workers is not None:
+            raise UserError("--num-workers is for processes of this machine: it does not go with --beam")
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -97,7 +104,8 @@ def prepare(config: PrepareConfig) -> Manifest:
             directory, own_files, lambda new: prepare(dataclasses.replace(config, output=str(new), overwrite=False))
         )
     with folder.own_folder(directory, own_files):
-        text = _Text(config)
+        at_end = config.held_out == "end"
+        text = Text(config.input, config.valid, config.documents, config.document_start, config.valid_fraction, at_end)
         tokenizer = tokenizer or _learn(config, text)
         tokenizer.save(directory / tokenizer.file)
         return _encode(config, text, tokenizer, settings, directory)
@@ -159,66 +167,7 @@ def _already_prepared(directory: Path, settings: dict[str, Any]) -> Manifest:
     return manifest
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Text of one document, or a part of it. ``split`` is None where documents are held out as they come."""
-
-    split: str | None
-    text: str
-    where: str
-    last: bool
-
-
-class _Text:
-    """The input, which can be read again and again, cut where the held-out part begins."""
-
-    def __init__(self, config: PrepareConfig) -> None:
-        self._config = config
-        self._valid_from: int | None = None  # in characters
-        if config.held_out == "end" and config.valid_fraction and not config.valid:
-            num_characters = sum(len(part.text) for part in self._parts(config.input, "measuring the text"))
-            self._valid_from = int(num_characters * (1 - config.valid_fraction))
-
-    def _parts(self, inputs: tuple[str, ...], title: str) -> Iterator[Part]:
-        total = corpora.stored_bytes(inputs)
-        with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as bar:
-            yield from corpora.read_parts(
-                inputs, self._config.documents, self._config.document_start, bar.update, verbatim=True
-            )
-
-    def pieces(self, title: str) -> Iterator[_Piece]:
-        """All of it, in order."""
-        chosen = self._config.valid_fraction and not self._config.valid and self._config.held_out == "documents"
-        begin, cut = 0, self._valid_from
-        for part in _white_space_first(self._parts(self._config.input, title)):
-            end = begin + len(part.text)
-            if cut is not None and begin < cut < end:
-                yield _Piece("train", part.text[: cut - begin], part.where, True)
-                yield _Piece("valid", part.text[cut - begin :], part.where, part.last)
-            else:
-                is_valid = cut is not None and begin >= cut
-                last = part.last or end == cut
-                yield _Piece(None if chosen else "valid" if is_valid else "train", part.text, part.where, last)
-            begin = end
-        if self._config.valid:
-            for part in _white_space_first(self._parts(self._config.valid, f"{title}, held out")):
-                yield _Piece("valid", part.text, part.where, part.last)
-
-
-def _white_space_first(parts: Iterable[Part]) -> Iterator[Part]:
-    """The same text, but white space at the end of a part that is not the last goes to the next one.
-
-    So a document's tokens do not depend on where it was cut: BPE takes the white space before a word together.
-    """
-    rest = ""
-    for part in parts:
-        text = rest + part.text
-        kept = text if part.last else text.rstrip()
-        rest = text[len(kept) :]
-        yield dataclasses.replace(part, text=kept)
-
-
-def _learn(config: PrepareConfig, text: _Text) -> Tokenizer:
+def _learn(config: PrepareConfig, text: Text) -> Tokenizer:
     """The vocabulary, from the text to train on; characters from all of it, as in nanoGPT."""
     pieces = text.pieces("reading for the vocabulary")
     if config.tokenizer == "char":
@@ -284,12 +233,12 @@ class _Encoder:
 
     tokenizer: Tokenizer
 
-    def __call__(self, block: list[_Piece]) -> list[_Encoded]:
+    def __call__(self, block: list[Piece]) -> list[_Encoded]:
         if multiprocessing.parent_process() is not None:
             single_threaded()
         return [self._encoded(piece) for piece in block]
 
-    def _encoded(self, piece: _Piece) -> _Encoded:
+    def _encoded(self, piece: Piece) -> _Encoded:
         try:
             ids = self.tokenizer.encode(piece.text, ends=piece.last)
         except UserError as error:
@@ -300,12 +249,36 @@ class _Encoder:
         return _Encoded(piece.split, ids, counted, piece.last)
 
 
+@dataclass(frozen=True)
+class _InputEncoder:
+    """The work of one of Beam's workers: all of an input."""
+
+    text: Text
+    encoder: _Encoder
+
+    def __call__(self, source: Input) -> Iterator[list[_Encoded]]:
+        return map(self.encoder, _blocks(self.text.pieces_of(source, lambda num_bytes: None)))
+
+
+def _encoded(config: PrepareConfig, text: Text, encoder: _Encoder, directory: Path) -> Iterator[list[_Encoded]]:
+    """All of the text, block by block."""
+    if config.beam:
+        work = _InputEncoder(text, encoder)
+        yield from itertools.chain.from_iterable(beam.each_of(work, text.inputs, config.beam, directory))
+        return
+    size = corpora.stored_bytes((*config.input, *config.valid))
+    # To start processes takes longer than to encode a few megabytes.
+    workers = config.num_workers or (1 if size is not None and size < 4 * _BLOCK_CHARACTERS else _num_cores())
+    blocks = _blocks(text.pieces("encoding"))
+    yield from ordered_map(encoder, blocks, num_processes=workers if workers > 1 else 0, ahead=workers + 2)
+
+
 def _encode(
-    config: PrepareConfig, text: _Text, tokenizer: Tokenizer, settings: dict[str, Any], directory: Path
+    config: PrepareConfig, text: Text, tokenizer: Tokenizer, settings: dict[str, Any], directory: Path
 ) -> Manifest:
     writers = {split: TokenWriter(directory, split, tokenizer.num_tokens) for split in SPLITS}
     try:
-        _write(config, text, tokenizer, writers)
+        _write(config, _encoded(config, text, _Encoder(tokenizer), directory), writers)
         finished = {split: writer.finish() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -332,16 +305,10 @@ def _check_splits(config: PrepareConfig, splits: dict[str, SplitInfo]) -> None:
         raise UserError(f"nothing is left to {'train on' if 'train' in empty else 'hold out'}; give more text")
 
 
-def _write(config: PrepareConfig, text: _Text, tokenizer: Tokenizer, writers: dict[str, TokenWriter]) -> None:
-    """Encode everything and give it to the writers, in order."""
-    encoder, blocks = _Encoder(tokenizer), _blocks(text.pieces("encoding"))
-    size = corpora.stored_bytes((*config.input, *config.valid))
-    # To start processes takes longer than to encode a few megabytes.
-    num_workers = config.num_workers or (1 if size is not None and size < 4 * _BLOCK_CHARACTERS else _num_cores())
+def _write(config: PrepareConfig, blocks: Iterable[list[_Encoded]], writers: dict[str, TokenWriter]) -> None:
+    """Give everything to the writers, in order."""
     chosen, new = "train", True
-    for block in ordered_map(
-        encoder, blocks, num_processes=num_workers if num_workers > 1 else 0, ahead=num_workers + 2
-    ):
+    for block in blocks:
         for each in block:
             if each.split is None and new:
                 total = sum(writer.tokens for writer in writers.values())
@@ -350,9 +317,9 @@ def _write(config: PrepareConfig, text: _Text, tokenizer: Tokenizer, writers: di
             new = each.last
 
 
-def _blocks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _blocks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Pieces in blocks of about two million characters."""
-    block: list[_Piece] = []
+    block: list[Piece] = []
     size = 0
     for piece in pieces:
         block.append(piece)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core_flax import storage
 from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, TrainConfig
 from core_flax.run import CHECKPOINTS, Run, new_folder
@@ -58,8 +59,9 @@ def export_hf(workdir: str, output: str, step: int | None) -> None:
         raise UserError(f"{workdir} holds a model that transformers does not have; GPT-2's and Llama's can be exported")
     params, step = run.params(step)
     arrays = jax.tree.map(np.asarray, dict(params))
-    save_pretrained(home, run.config.model, arrays)
-    tokenizer.save(home / tokenizer.file)
+    with storage.filling(home) as folder:
+        save_pretrained(folder, run.config.model, arrays)
+        tokenizer.save(folder / tokenizer.file)
     print(f"{output}: {_size(run.config.model, arrays)}, step {step}")
     if not tokenizers.is_common(tokenizer):
         print(f"  {tokenizer.file} is ours: transformers has no tokenizer of this kind")

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 from core_flax import config as configs
-from core_flax import kernels
+from core_flax import kernels, storage
 from core_flax.cli import settings_of
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train as train_loop
 from core_flax.program import check_settings, make_program
-from core_flax.run import CONFIG, LOCK, Run, busy, with_vocabulary
+from core_flax.run import CONFIG, LOCK, Run, busy, own_data, with_vocabulary
 from core_flax.task import Task
 from core_flax.types import UserError
 from lm_flax import architectures, task, tokenizers, word2vec_task
@@ -44,7 +44,7 @@ class Folders:
     """Options of ``lm-flax train`` beside the settings of the run: where, and on what."""
 
     workdir: str
-    """Folder of the run: settings, checkpoints, metrics.jsonl. A run that is there already is resumed."""
+    """Folder of the run, or gs://BUCKET/FOLDER: settings, checkpoints, metrics.jsonl. One that is there is resumed."""
     data: str | None = None
     """Folder made by lm-flax prepare; None: that of the run to resume, or the text that Python ships,
     prepared under the workdir as characters, for word vectors as words."""
@@ -143,7 +143,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
     Raises:
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
-    workdir = configs.local_folder("--workdir", command.workdir)
+    workdir = storage.folder("--workdir", command.workdir)
     optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
     asked: Any = dataclasses.replace(settings_of(command, type(PRESETS[preset_name]())), optimizer=optimizer)
     check_settings(asked, _rules(asked))
@@ -154,7 +154,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
         if old:
             data = old.data_folder(command.data)
         else:
-            data = _own_text(workdir, asked) if command.data is None else configs.local_folder("--data", command.data)
+            data = _own_text(workdir, asked) if command.data is None else storage.local_folder("--data", command.data)
         store, held_out, tokenizer = open_data(data)
         config = with_vocabulary(asked, "--model.vocab-size" in given, tokenizer.num_tokens)
         facts = {"tokenizer_file": tokenizer.file}
@@ -188,7 +188,7 @@ def open_data(folder: Path) -> tuple[TokenStore, TokenStore | None, Tokenizer]:
 
 
 def _own_text(workdir: Path, config: AnyRun) -> Path:
-    data, kind = workdir / "data", "word" if isinstance(config, Word2VecRun) else "char"
+    data, kind = own_data(workdir), "word" if isinstance(config, Word2VecRun) else "char"
     own = PrepareConfig(("python:docs",), str(data), tokenizer=kind, held_out="documents")
 
     def make() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer as PackageTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from core_flax import storage
 from core_flax.text import sentencepiece_model
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import UserError
@@ -309,7 +310,7 @@ def load(path: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    path = Path(path)
+    path = storage.path(path)
     if path.is_dir():
         there = [path / name for name in (JSON, "vocab.json", MODEL) if (path / name).is_file()]
         if not there:

@@ -13,7 +13,8 @@ import numpy as np
 import tyro
 
 from core_flax.beam import BeamSearch
-from core_flax.config import check_range, replacing
+from core_flax.config import check_range
+from core_flax.storage import replacing
 from core_flax.types import Array, UserError
 from seq2seq_flax.attention import LOOKED_AT
 from seq2seq_flax.translate import Translator

@@ -14,10 +14,12 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from tqdm import tqdm
 
+from core_flax import storage
 from core_flax.beam import BeamSearch
-from core_flax.config import check_range, local_folder, replacing
+from core_flax.config import check_range
 from core_flax.run import Run, kind_of
 from core_flax.run import evaluate as run_evaluate
+from core_flax.storage import replacing
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import UserError
 from seq2seq_flax import numbers, pretrained
@@ -160,7 +162,7 @@ def evaluate(command: EvaluateCommand) -> None:
     sources, references = [], []
     if command.input is not None and command.reference is not None:
         sources, references = _read(command.input, command.reference, may_be_empty=False)
-    imported = kind_of(local_folder("--workdir", command.workdir)) == pretrained.KIND
+    imported = kind_of(storage.folder("--workdir", command.workdir)) == pretrained.KIND
     if imported and command.data is not None:
         raise UserError(f"--data {command.data}: {command.workdir} is an imported model, whose tokens are others")
     if not imported:

@@ -14,6 +14,7 @@ from typing import Any
 
 import sentencepiece
 
+from core_flax import storage
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import UserError
 from core_flax.weight_files import read_json
@@ -60,7 +61,7 @@ class MarianVocabulary:
     @classmethod
     def load(cls, folder: str | Path, bos_id: int) -> "MarianVocabulary":
         """Read the three files. Raises UserError if one is missing or is not what it should be."""
-        folder = Path(folder)
+        folder = storage.path(folder)
         ids = read_json(folder / VOCAB)
         if not all(isinstance(number, int) for number in ids.values()):
             raise UserError(f"{folder / VOCAB} holds something other than pieces and their numbers; get it again")

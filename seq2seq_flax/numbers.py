@@ -11,6 +11,7 @@ import numpy as np
 from num2words import num2words
 
 from core_flax.distributed import first_does
+from core_flax.run import own_data
 from core_flax.types import UserError
 from seq2seq_flax.prepare import PrepareConfig, prepare
 
@@ -59,7 +60,7 @@ def write(path: Path, numbers: Sequence[int], language: str) -> str:
 
 def own_numbers(workdir: Path) -> Path:
     """The prepared folder of the demonstration under a run's folder, made if it is not there."""
-    data = workdir / "data"
+    data = own_data(workdir)
 
     def make() -> None:
         if (data / "manifest.json").exists():

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from core_flax.config import check_range, local_folder
+from core_flax.config import check_range
 from core_flax.data import folder
+from core_flax.storage import local_folder
 from core_flax.text import sentencepiece_model
 from core_flax.text.sentencepiece_model import Algorithm, SentencePiece
 from core_flax.types import UserError

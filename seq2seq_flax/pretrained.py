@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from core_flax import config as configs
+from core_flax import storage
 from core_flax.checkpoint import Checkpoints, load_params
 from core_flax.config import CheckpointConfig
 from core_flax.params import count
@@ -32,7 +33,7 @@ def import_hf(folder: str, output: str) -> None:
       UserError: the folder cannot be read (see load_pretrained), or the output is not empty.
     """
     home = new_folder(output)
-    pretrained = load_pretrained(configs.local_folder("FOLDER", folder))
+    pretrained = load_pretrained(storage.local_folder("FOLDER", folder))
     save_imported(home, pretrained)
     _tell(output, pretrained)
 
@@ -51,7 +52,8 @@ def export_hf(workdir: str, output: str, step: int | None = None) -> None:
     home = new_folder(output)
     pretrained = load_model(workdir, step)
     check_exportable(pretrained.config)
-    save_pretrained(home, pretrained.config, pretrained.params, pretrained.tokenizer, pretrained.max_length)
+    with storage.filling(home) as folder:
+        save_pretrained(folder, pretrained.config, pretrained.params, pretrained.tokenizer, pretrained.max_length)
     _tell(output, pretrained)
 
 
@@ -65,12 +67,12 @@ def load_model(path: str, step: int | None = None) -> Pretrained:
     Raises:
       UserError: it is none of these, or it is damaged.
     """
-    folder = configs.local_folder("--workdir", path)
+    folder = storage.folder("--workdir", path)
     kind = kind_of(folder)
     if kind is None:
         if step is not None:
             raise UserError(f"--step {step}: {path} is a folder of Hugging Face's, which has no steps")
-        return load_pretrained(folder)
+        return load_pretrained(storage.local_folder("--workdir", path))
     return _load_imported(folder, step) if kind == KIND else _load_run(folder, step)
 
 
@@ -78,8 +80,9 @@ def save_imported(folder: Path, pretrained: Pretrained) -> None:
     """Write a model as a folder that load_model reads; config.json last, since it makes the folder one."""
     vocabulary = pretrained.tokenizer
     assert isinstance(vocabulary, MarianVocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary.save(folder)
+    storage.make_folder(folder)
+    with storage.filling(folder) as local:
+        vocabulary.save(local)
     checkpoints = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, dict(pretrained.params)), {}))
     checkpoints.close()

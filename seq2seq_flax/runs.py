@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from core_flax import config as configs
-from core_flax import kernels
+from core_flax import kernels, storage
 from core_flax.cli import settings_of
 from core_flax.distributed import only_run
 from core_flax.loop import train as run_loop
@@ -45,7 +45,7 @@ KINDS: dict[str, type[AnyTranslateConfig]] = {
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     workdir: str
-    """Folder of the run: settings, checkpoints, metrics.jsonl. A run that is there already is resumed."""
+    """Folder of the run, or gs://BUCKET/FOLDER: settings, checkpoints, metrics.jsonl. One that is there is resumed."""
     data: str | None = None
     """Folder made by seq2seq-flax prepare; None: that of the run to resume, or number words in English and German, made
     under the workdir."""
@@ -120,7 +120,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
     Raises:
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
-    workdir, preset = configs.local_folder("--workdir", command.workdir), PRESETS[preset_name]()
+    workdir, preset = storage.folder("--workdir", command.workdir), PRESETS[preset_name]()
     optimizer = configs.with_optimizer_of(command.optimizer, preset.optimizer, given)
     asked = dataclasses.replace(settings_of(command, type(preset)), optimizer=optimizer)
     check_settings(asked, param_rules(asked.model))
@@ -129,7 +129,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
         if old:
             data = old.data_folder(command.data)
         else:
-            data = own_numbers(workdir) if command.data is None else configs.local_folder("--data", command.data)
+            data = own_numbers(workdir) if command.data is None else storage.local_folder("--data", command.data)
         store, tokenizer = open_data(data)
         config = with_vocabulary(asked, "--model.vocab-size" in given, tokenizer.num_tokens)
         kind = next(kind for kind, cls in KINDS.items() if cls is type(config))

@@ -12,13 +12,15 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from core_flax import storage
 from core_flax.beam import BeamSearch
-from core_flax.config import MeshConfig, check_range, local_folder, replacing
+from core_flax.config import MeshConfig, check_range
 from core_flax.data import corpora
 from core_flax.hardware import compute_dtype
 from core_flax.run import kind_of
 from core_flax.sampling import Sampling
 from core_flax.sharding import make_mesh, replicated
+from core_flax.storage import replacing
 from core_flax.text.sentences import split_sentences
 from core_flax.types import Params, UserError
 from seq2seq_flax.architectures import make_model
@@ -145,7 +147,7 @@ class Translator:
     def load(cls, workdir: str, step: int | None = None) -> "Translator":
         """From a folder of ours or of Hugging Face's. Raises UserError if it holds no model that translates."""
         mesh = make_mesh(MeshConfig(), jax.local_devices())
-        if kind_of(local_folder("--workdir", workdir)) in KINDS:
+        if kind_of(storage.folder("--workdir", workdir)) in KINDS:
             run, tokenizer = load_run(workdir)
             model = make_model(run.config.model, compute_dtype(run.config.train.compute_dtype))
             params, _ = run.params(step, replicated(mesh))

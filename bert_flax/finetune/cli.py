@@ -79,10 +79,10 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     from bert_flax.finetune.files import glue_tasks
     from bert_flax.finetune.readers import TFDS
     from bert_flax.finetune.tasks import GLUE, TASKS
-    from core_flax.config import local_folder
+    from core_flax import storage
 
     command = parse(TASKS["mrpc"])
-    home = local_folder("--workdir", command.workdir)
+    home = storage.folder("--workdir", command.workdir)
     wanted = {"train", "dev"}
     there = dict.fromkeys(GLUE, tuple(wanted)) if command.data.startswith(TFDS) else glue_tasks(Path(command.data))
     missing = {name: sorted(wanted - set(there.get(name, ()))) for name in GLUE}

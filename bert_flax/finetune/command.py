@@ -19,14 +19,13 @@ from bert_flax.finetune.data import load_data
 from bert_flax.finetune.inputs import Units
 from bert_flax.finetune.model import architecture, num_outputs
 from bert_flax.finetune.readers import TFDS, find_labels
-from bert_flax.finetune.runs import CONFIG, Origin, Result, TaskChoice, best_run, run
+from bert_flax.finetune.runs import CONFIG, RESULT, Origin, Result, TaskChoice, best_run, run
 from bert_flax.finetune.score import is_per_cent
 from bert_flax.finetune.tables import shorten
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
 from bert_flax.pretrained import load_init
-from core_flax import config as configs
-from core_flax import kernels
+from core_flax import kernels, storage
 from core_flax.distributed import first_does, join
 from core_flax.sharding import check_batch_size, make_mesh
 from core_flax.types import UserError
@@ -42,7 +41,8 @@ class FinetuneCommand(FinetuneSettings):
     """Options of ``bert-flax finetune``: where, on what, from which model, and every setting of a run."""
 
     workdir: str
-    """Folder of the runs, one inside for each seed. Runs that are there already are resumed, or taken as they are."""
+    """Folder of the runs, or gs://BUCKET/FOLDER, one inside for each seed. Runs that are there already are resumed, or
+    taken as they are."""
     data: str
     """Folder with the task's official files (for GLUE also the folder of all its tasks), or tfds:NAME."""
     init: str | None = None
@@ -120,7 +120,7 @@ def _checked_home(name: str, command: FinetuneCommand) -> Path:
         )
     if name == "custom" and command.data.startswith(TFDS):
         raise UserError(f"--data {command.data}: task custom reads tables; give the folder of train and dev files")
-    home = configs.local_folder("--workdir", command.workdir)
+    home = storage.folder("--workdir", command.workdir)
     if (home / CONFIG).exists():
         raise UserError(f"--workdir {home} is the folder of one run or model; give a folder for the runs of this task")
     return home
@@ -146,7 +146,7 @@ def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, s
     if command.init_from_task is not None:
         if command.keep_head:
             raise UserError("--keep-head goes with --init; with --init-from-task the encoder alone is taken")
-        best = best_run(command.init_from_task)
+        best = best_run(str(storage.folder("--init-from-task", command.init_from_task)))
         params, step = best.params()
         encoder = jax.tree.map(np.asarray, {"encoder": params["encoder"]})
         report = Report((f"{best.workdir}, step {step}",), ("head of the task",))
@@ -223,9 +223,13 @@ def _sweep(
 
 def _copy(folder: Path, new: Path) -> None:
     """Copies a complete run to a folder that is not there yet, all of it or nothing."""
-    if not new.exists():
+    if storage.is_remote(new):
+        if not (new / RESULT).exists():  # written last: it makes a run complete
+            for file in sorted(storage.files(folder), key=lambda file: file.name in (CONFIG, RESULT)):
+                (new / str(file.relative_to(folder))).write_bytes(file.read_bytes())
+    elif not new.exists():
         partial = folder.with_name("copy")
-        with configs.writing(new):
+        with storage.writing(new):
             shutil.rmtree(partial, ignore_errors=True)  # of a copy that was interrupted
             shutil.copytree(folder, partial)
             partial.rename(new)
@@ -285,7 +289,7 @@ def finish_all(home: Path, names: Sequence[str]) -> None:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     def write() -> None:
-        with configs.replacing(path) as partial:
+        with storage.replacing(path) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     first_does(write)

@@ -15,7 +15,7 @@ from bert_flax.finetune.readers import read_file
 from bert_flax.finetune.runs import FinetuneRun, best_run, figures_by_step
 from bert_flax.finetune.task import Labelled, make_evaluator, make_model
 from bert_flax.finetune.tasks import SUBMISSION_HEADER, TaskSpec
-from core_flax import config as configs
+from core_flax import storage
 from core_flax.config import MeshConfig
 from core_flax.evaluate import make_collect
 from core_flax.hardware import compute_dtype
@@ -75,7 +75,7 @@ def run(command: PredictCommand) -> None:
     Raises:
       UserError: the file, the text or the folder does not fit.
     """
-    found = best_run(str(configs.local_folder("--workdir", command.workdir)))
+    found = best_run(str(storage.folder("--workdir", command.workdir)))
     spec = found.task.spec
     if (command.null_odds and not spec.unanswerable) or (command.n_best and spec.kind != "span"):
         raise UserError(f"--null-odds is for squad2, --n-best for squad and squad2; this run is of task {spec.name}")
@@ -90,10 +90,10 @@ def run(command: PredictCommand) -> None:
     predictions = predict_examples(found, dataset, command.data, command.step)
     write(spec, dataset.examples, predictions, Path(command.output))
     if command.null_odds:
-        with configs.writing(path := Path(command.null_odds)):
+        with storage.writing(path := Path(command.null_odds)):
             spans.write_json(path, spans.null_odds(predictions.answers))
     if command.n_best:
-        with configs.writing(path := Path(command.n_best)):
+        with storage.writing(path := Path(command.n_best)):
             spans.write_json(path, spans.n_best_lists(predictions.answers, spec.unanswerable))
     print(f"{command.output}: {len(dataset.examples):,} predictions of {found.workdir}")
 
@@ -135,7 +135,7 @@ def _null_threshold(found: FinetuneRun, step: int) -> float:
 
 def _check_writable(path: Path) -> None:
     """Raises UserError if a file cannot be written: before hours are spent on what it is to hold."""
-    with configs.writing(path):
+    with storage.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         was_there = path.exists()
         path.open("a").close()
@@ -194,7 +194,7 @@ def write(spec: TaskSpec, examples: Sequence[Any], found: Predictions, path: Pat
             shown = found.values if spec.kind == "regression" else [spec.labels[value] for value in found.values]
             rows = [SUBMISSION_HEADER, *((example.id, shown[place]) for place, example in enumerate(examples))]
             text = "\n".join("\t".join(map(str, row)) for row in rows)
-    with configs.writing(path):
+    with storage.writing(path):
         path.write_text(text + "\n", encoding="utf-8")
 
 

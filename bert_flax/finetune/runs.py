@@ -18,6 +18,7 @@ from bert_flax.finetune.task import make_task
 from bert_flax.finetune.tasks import TASKS, TaskSpec, custom_task
 from bert_flax.huggingface import Pretrained
 from core_flax import config as configs
+from core_flax import storage
 from core_flax.checkpoint import best_step, load_params
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train
@@ -107,7 +108,7 @@ class Result:
 
     def save(self, folder: Path) -> None:
         """Writes it, complete or not at all."""
-        with configs.replacing(folder / RESULT) as partial:
+        with storage.replacing(folder / RESULT) as partial:
             partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
@@ -135,8 +136,8 @@ class FinetuneRun:
 
     def save(self) -> None:
         """Writes vocabulary and settings; config.json last, since it makes the folder a run."""
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        with configs.replacing(self.workdir / VOCAB) as partial:
+        storage.make_folder(self.workdir)
+        with storage.replacing(self.workdir / VOCAB) as partial:
             self.vocabulary.save(partial)
         configs.save(
             self.workdir / CONFIG,
@@ -212,7 +213,7 @@ def _check_resumable(old: FinetuneRun, new: FinetuneRun) -> None:
         changed.append(f"dev data: {Path(new.origin.data).absolute()} has changed")
     for name in ("data", "init"):
         if getattr(old.origin, f"{name}_content") != getattr(new.origin, f"{name}_content"):
-            paths = [str(Path(getattr(run.origin, name)).absolute()) for run in (old, new)]
+            paths = [str(storage.absolute(storage.path(getattr(run.origin, name)))) for run in (old, new)]
             changed.append(
                 f"{name}: {' -> '.join(paths)}" if paths[0] != paths[1] else f"{name}: {paths[0]} has changed"
             )
@@ -250,7 +251,7 @@ def best_run(workdir: str) -> FinetuneRun:
     Raises:
       UserError: there is none that is complete.
     """
-    home = Path(workdir)
+    home = storage.path(workdir)
     if (home / "config.json").is_file():
         return FinetuneRun.load(home)
     found = [(folder, Result.load(folder)) for folder in sorted(home.glob("seed-*"))]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import sentencepiece
 
+from core_flax import storage
 from core_flax.types import UserError
 
 Algorithm = Literal["bpe", "unigram"]
@@ -57,7 +58,7 @@ class SentencePiece:
     def load(cls, path: str | Path) -> "SentencePiece":
         """Read a .model file. Raises UserError if it is missing or is no SentencePiece model."""
         try:
-            model = Path(path).read_bytes()
+            model = storage.path(path).read_bytes()
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
         return cls(model, origin=f"the tokenizer {path}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from core_flax import storage
 from core_flax.types import UserError
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -61,7 +62,7 @@ class WordPiece:
     def load(cls, path: str | Path, lowercase: bool = True) -> "WordPiece":
         """Read a vocab.txt, one piece a line. Raises UserError if it is missing or is no WordPiece vocabulary."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = storage.path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pytest
 
 from bert_flax.config import BertConfig, InputsConfig, PretrainConfig
-from core_flax import cli
+from core_flax import cli, storage
 from core_flax import config as configs
 from core_flax.config import (
     CheckpointConfig,
@@ -43,6 +43,9 @@ BOUNDS = [
     (MeshConfig, "data", [1, -1], [0, -2], "1 or more"),
     (MeshConfig, "fsdp", [1], [0, -1], "1 or more"),
     (MeshConfig, "tensor", [1], [0, -1], "1 or more"),
+    (MeshConfig, "sequence", [1], [0, -1], "1 or more"),
+    (MeshConfig, "dcn_data", [1], [0, -1], "1 or more"),
+    (MeshConfig, "dcn_fsdp", [1], [0, -1], "1 or more"),
     (CheckpointConfig, "every_steps", [0], [-1], "0 or more"),
     (CheckpointConfig, "every_minutes", [0.0], [-0.5], "0 or more"),
     (CheckpointConfig, "keep_last", [1], [0], "1 or more"),
@@ -172,12 +175,12 @@ def test_a_file_is_replaced_and_nothing_beside_it(tmp_path):
     (tmp_path / "out.tmp").write_text("years of work")
     (tmp_path / "link").symlink_to(tmp_path / "out.de")
     for name in ("link", "out.tmp"):
-        with configs.replacing(tmp_path / name) as partial:
+        with storage.replacing(tmp_path / name) as partial:
             partial.write_text(f"new {name}")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "out.de").read_text() == "new link"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out.de", "out.tmp"]
     assert (tmp_path / "out.tmp").read_text() == "new out.tmp"
-    with pytest.raises(RuntimeError), configs.replacing(tmp_path / "out.de") as partial:
+    with pytest.raises(RuntimeError), storage.replacing(tmp_path / "out.de") as partial:
         partial.write_text("half")
         raise RuntimeError
     assert (tmp_path / "out.de").read_text() == "new link" and len(list(tmp_path.iterdir())) == 3
@@ -187,11 +190,11 @@ def test_what_is_no_file_is_written_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with configs.replacing(pipe) as partial:
+    with storage.replacing(pipe) as partial:
         partial.write_text("through")
     assert os.read(reader, 99) == b"through" and pipe.is_fifo()
     os.close(reader)
-    with pytest.raises(UserError, match="could not be written: Is a directory"), configs.replacing(tmp_path) as partial:
+    with pytest.raises(UserError, match="could not be written: Is a directory"), storage.replacing(tmp_path) as partial:
         partial.write_text("x")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core_flax import hardware, logs
+from core_flax import curves, hardware, logs
 from core_flax.types import UserError
 
 
@@ -318,11 +318,11 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = logs.open_tensorboard(tmp_path, 0)
+    first = curves.open_tensorboard(tmp_path, 0)
     for step in (10, 20, 30):
         first.write(step, {"train/loss": step / 10})
     first.close()
-    resumed = logs.open_tensorboard(tmp_path, 20)
+    resumed = curves.open_tensorboard(tmp_path, 20)
     resumed.write(30, {"train/loss": 7.0, "held_out/loss": 8.0})
     resumed.close()
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -333,8 +333,8 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
 
 def test_without_tensorboard_there_is_no_writer(monkeypatch, tmp_path):
-    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
-    assert logs.open_tensorboard(tmp_path, 0) is None
+    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
+    assert curves.open_tensorboard(tmp_path, 0) is None
 
 
 # Quiet libraries

@@ -224,7 +224,7 @@ def test_data_that_has_been_moved(refuse, call, bert_flax, finished_run, tmp_pat
         assert call(*command, f"--data={tmp_path / 'new'}").returncode == 0
 
 
-@pytest.mark.parametrize(("folder", "message"), [("gs://bucket/run", "only local folders"), ("", "is empty")])
+@pytest.mark.parametrize(("folder", "message"), [("s3://bucket/run", "local folder"), ("", "is empty")])
 def test_a_folder_that_is_none(refuse, bert_flax, tmp_path, monkeypatch, folder, message):
     monkeypatch.chdir(tmp_path)
     for option, command in (

@@ -148,7 +148,7 @@ def test_what_is_left_out_is_told_and_not_trained_on(started, model, tmp_path):
         ({"init": "nowhere"}, "nowhere is no folder"),
         ({"data": "nowhere"}, "--data nowhere does not exist"),
         ({"workdir": ""}, "--workdir is empty"),
-        ({"workdir": "gs://a/b"}, "--workdir gs://a/b: only local folders"),
+        ({"workdir": "s3://a/b"}, "--workdir s3://a/b: give a local folder"),
     ],
     ids=str,
 )
