@@ -14,6 +14,7 @@ import pytest
 from conftest import Process
 
 from core_flax.checkpoint import list_steps
+from core_flax.lock import only_writer
 
 LONG = {"train__num_steps": 100_000, "checkpoint__every_steps": 0, "mesh__fsdp": 2}
 SECONDS = 100
@@ -116,6 +117,16 @@ def test_a_signal_to_one_makes_all_save_the_same_step(bert_flax, tmp_path):
     assert sorted(err.splitlines()) == [f"[{number}] {saved}" for number in range(2)]
     assert all(line.startswith("[0] step") for line in out.splitlines())  # only the first process prints
     assert sorted(losses(tmp_path)) == list(range(1, step + 1))  # and writes
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_by_all(bert_flax, tmp_path):
+    with only_writer(tmp_path / "run.lock", ""), launch(*training(bert_flax, tmp_path, **LONG)) as launcher:
+        out, err = launcher.communicate(timeout=SECONDS)
+    refusal = f"bert-flax: error: another run is writing to {tmp_path}; stop it or give another --workdir"
+    assert (launcher.returncode, out) == (2, "")
+    lines = err.splitlines()
+    assert {f"[0] {refusal}", f"[1] {refusal}"} >= {line for line in lines if line.startswith("[")} != set()
+    assert len(lines) <= 3 and all(line.startswith("[") or "failed with exit status 2" in line for line in lines)
 
 
 def test_a_signal_to_the_launcher_is_passed_on_and_a_mistake_is_told():
