@@ -163,7 +163,7 @@ def test_help_documents_every_setting_and_its_default(call, command, monkeypatch
     assert command in call("--help").stdout
     assert "``" not in done.stdout and "\n\n\n" not in done.stdout
     shown = " ".join(done.stdout.replace("│", " ").split())
-    default = PRESETS["bert_demo"]()
+    default = PretrainCommand(workdir="", **vars(PRESETS["bert_demo"]()))
     for option, cls, field in settings(COMMANDS[command]) if COMMANDS[command] else ():
         text = documentation(cls).get(field.name, "")
         assert len(text.split()) >= 2 and text[-1] in ".)", f"{option} says too little of what it is: {text!r}"

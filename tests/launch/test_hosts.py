@@ -39,7 +39,9 @@ from seq2seq_flax import prepare as pair_text
 from seq2seq_flax.pairs import PairStore
 from seq2seq_flax.task import make_task as make_seq2seq
 
-STEPS, SAVED, B, HOSTS, SECONDS = 5, 3, 8, 2, 150
+STEPS, SAVED, B, HOSTS = 5, 3, 8, 2
+SECONDS = 900
+"""After which a job that does not end counts as hanging: no measure of speed, machines are slow at times."""
 HURRY = {"xla_backend_optimization_level": 0}
 """For the compiler: how it places and divides the work stays the same."""
 DATA, GRID = {"data": 4}, {"fsdp": 2, "tensor": 2}
