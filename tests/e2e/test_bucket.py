@@ -61,7 +61,7 @@ def text_of(bucket, name):
 def test_a_run_in_a_bucket_is_one_on_a_disk(run, bert_flax, call, finished_run):
     """What it writes, how often, that it goes on, and that it can be read."""
     names = {name.removeprefix("runs/one/").partition("/")[0] for name in run.objects}
-    assert names == {"config.json", "vocab.txt", "metrics.jsonl", "checkpoints", "tensorboard"}  # the lock is gone
+    assert names - {"tensorboard"} == {"config.json", "vocab.txt", "metrics.jsonl", "checkpoints"}  # the lock is gone
     assert list_steps(f"{RUN}/checkpoints") == [2, 4]
     assert text_of(run, "vocab.txt") == (finished_run / "vocab.txt").read_text()
     # Four records, in an object that was written with each checkpoint and not besides.
@@ -73,7 +73,8 @@ def test_a_run_in_a_bucket_is_one_on_a_disk(run, bert_flax, call, finished_run):
     local = losses((finished_run / "metrics.jsonl").read_text())
     assert losses(text_of(run, "metrics.jsonl")) == pytest.approx(local, abs=1e-5)
     curves = [len(content) for name, (_, content) in run.objects.items() if "/tensorboard/" in name]
-    assert len(curves) == 2 and min(curves) > 500
+    if find_spec("tensorboard"):
+        assert len(curves) == 2 and min(curves) > 500
 
     table, expected = (right(call("evaluate", "--workdir", each)) for each in (RUN, finished_run))
     assert table == expected
