@@ -97,7 +97,7 @@ class BertEmbeddings(nn.Module):
             positions_BL = jnp.arange(length)
         x_BLD = self.token(tokens_BL) + self.position(positions_BL) + self.segment(segments_BL)
         x_BLD = self.dropout(self.norm(x_BLD), row_B=row_B, deterministic=deterministic)
-        return sharding.constrain(x_BLD, "batch", "length", "width")
+        return sharding.constrain(x_BLD, "batch", "sequence", "width")
 
 
 class BertBlock(nn.Module):
@@ -121,7 +121,7 @@ class BertBlock(nn.Module):
 
         mlp = FeedForward(config.mlp_width, gelu, config.kernel_init, self.dtype, name="mlp")
         x_BLD = norm(name="mlp_norm")(x_BLD + dropout(mlp(x_BLD)))
-        return sharding.constrain(x_BLD, "batch", "length", "width"), None
+        return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
 
 
 class BertEncoder(nn.Module):

@@ -78,6 +78,10 @@ def task_without_data(config: PretrainConfig) -> Task:
         batches=batches,
         param_rules=PARAM_RULES,
         axis_fields=AXIS_FIELDS,
+        row_lengths={
+            "--inputs.length": config.inputs.length,
+            **({} if config.inputs.long_from_step is None else {"--model.max-length": config.model.max_length}),
+        },
         cost=cost,
     )
 

@@ -115,6 +115,17 @@ def attend(
       mask: as for dot_product_attention, the same for every head: then the plain way is taken; or what it follows from.
       dropout: as for dot_product_attention; None where nothing is dropped.
     """
+    # Said for its gradient: what comes next may be split along the length, and that would reach back into the heads.
+    return sharding.constrain(_attend(q_BLHK, k_BMGK, v_BMGK, mask, dropout), "batch", "length", "heads", "head_width")
+
+
+def _attend(
+    q_BLHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    mask: Array | Mask | None,
+    dropout: Callable[[Array], Array] | None,
+) -> Array:
     if isinstance(mask, Mask):
         if kernel := kernels.choose(q_BLHK, k_BMGK, mask, dropout is not None):
             return kernel.run(q_BLHK, k_BMGK, v_BMGK, mask)

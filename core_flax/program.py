@@ -46,6 +46,7 @@ def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch_size(config.train.batch_size, config.train.num_microbatches, mesh)
+    sharding.check_lengths(task.row_lengths, mesh)
     schedule = make_schedule(config.schedule, config.optimizer.learning_rate, config.train.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule, task.param_rules)
 

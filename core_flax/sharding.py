@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from core_flax.config import MeshConfig
@@ -20,32 +20,36 @@ from core_flax.params import ParamRule, leaves, map_rules, path_of
 from core_flax.state import TrainState
 from core_flax.types import Array, Params, UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("dcn_data", "dcn_fsdp", "data", "fsdp", "tensor", "sequence")
+"""Those over which least is moved first: dcn_* alone cross the slow network between slices."""
 
 PLACEMENT: Mapping[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("dcn_data", "dcn_fsdp", "data", "fsdp"),
     "length": (),
+    "sequence": ("sequence",),
     "width": (),
     # parameters (and the activations that are their outputs)
     "layer": (),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
+    "embed": ("dcn_fsdp", "fsdp"),
+    "heads": ("tensor", "sequence"),
+    "kv_heads": ("tensor", "sequence"),
     "head_width": (),
-    "mlp": ("tensor",),
-    "vocab": ("tensor", "fsdp"),
-    "vocab_logits": ("tensor",),
+    "mlp": ("tensor", "sequence"),
+    "vocab": ("tensor", "sequence", "dcn_fsdp", "fsdp"),
+    "vocab_logits": ("tensor", "sequence"),
     "vocab_bias": (),
     "table_width": (),
     "small": (),
 }
+"""Logical axis -> axes of the mesh. "length" is that of tokens within a sublayer, where heads or features are split;
+"sequence" the same between sublayers (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2)."""
 
 OPTIMIZER_PLACEMENT: Mapping[str, tuple[str, ...]] = PLACEMENT | {
-    "embed": ("fsdp", "data"),
-    "vocab": ("tensor", "fsdp", "data"),
+    name: (*PLACEMENT[name], "data") for name in ("embed", "vocab")
 }
-"""The same for the optimizer's state with ``--mesh.zero1``: over data too, where parameters are whole."""
+"""The same for the optimizer's state with ``--mesh.zero1``: over data too, where parameters are whole. Not over
+dcn_data: what is updated would have to be gathered across the slow network."""
 
 INSTEAD: Mapping[str, str] = {"vocab": "table_width"}
 """Where the size of the first does not divide, the array's dim of the second name is split over the same axes.
@@ -56,24 +60,47 @@ then each device looks up and scores its own part; by the width, tables are gath
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices.
+    """A mesh with the axes MESH_AXES over all devices.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or dcn_* not to that of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in MESH_AXES}
     if sizes["data"] == -1:
-        sizes["data"] = max(1, len(devices) // (sizes["fsdp"] * sizes["tensor"]))
+        sizes["data"] = max(1, len(devices) // -math.prod(sizes.values()))
     if math.prod(sizes.values()) != len(devices):
-        shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        shown = {name: size for name, size in sizes.items() if size > 1 or name in ("data", "fsdp", "tensor")}
+        shape = " x ".join(f"{name}={size}" for name, size in shown.items())
         raise UserError(
             f"mesh {shape} has {math.prod(sizes.values())} places for {len(devices)} devices; "
             "choose --mesh.data, --mesh.fsdp and --mesh.tensor so that their product is the number of devices"
         )
     # Auto: shardings of intermediate values are XLA's to choose (jax.make_mesh defaults to Explicit axes).
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(devices: list[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """The devices in the mesh's shape: neighbours along its axes are neighbours in the torus, where there is one."""
+    slow = {name: size for name, size in sizes.items() if name.startswith("dcn_")}
+    across = math.prod(slow.values())
+    by_host = devices[0].platform != "tpu"
+    parts = len({device.process_index if by_host else getattr(device, "slice_index", 0) for device in devices})
+    # Hosts of GPUs need not be told apart: in order of the devices, the axes that move most stay within one.
+    if across == 1 and (by_host or parts == 1):
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    if across != parts:
+        asked = " x ".join(f"--mesh.{name.replace('_', '-')} {size}" for name, size in slow.items())
+        raise UserError(
+            f"{asked}: the devices are {parts} {'host' if by_host else 'slice'}{'s' * (parts > 1)}; "
+            "choose these two, which cross the slow network, so that their product is that number"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        [1 if name in slow else size for name, size in sizes.items()],
+        [size if name in slow else 1 for name, size in sizes.items()],
+        devices,
+        process_is_granule=by_host,
+        allow_split_physical_axes=True,
     )
 
 
@@ -97,7 +124,27 @@ def constrain(x: Array, *names: str) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return x
+    if "sequence" in names:
+        length = x.shape[names.index("sequence")]
+        if length == 1:  # a step of decoding
+            names = tuple("length" if name == "sequence" else name for name in names)
+        else:
+            check_divides("the length of rows", length, "sequence", mesh)
     return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def check_divides(
+    what: str, size: int, name: str, mesh: Any, placement: Mapping[str, tuple[str, ...]] = PLACEMENT
+) -> None:
+    """Raises UserError unless the mesh divides a logical axis of this size; ``what`` is the setting that it is."""
+    ways = _ways(name, mesh, placement)
+    if size % ways:
+        used = [axis for axis in placement[name] if mesh.shape[axis] > 1]
+        axes = " x ".join(f"--mesh.{axis.replace('_', '-')} {mesh.shape[axis]}" for axis in used)
+        raise UserError(
+            f"{what} = {size} cannot be split {ways} ways ({axes}): "
+            f"choose a multiple of {ways} ({-(-size // ways) * ways} is the next) or another mesh"
+        )
 
 
 def ways(name: str) -> int:
@@ -126,16 +173,17 @@ def gather_table(table_VD: Array, rows: str) -> Array:
     """An embedding table whole in its width, which may be split where it is kept (``INSTEAD``), before it is used.
 
     Said here, since XLA would rather look up parts of rows and then move all rows to other devices ("involuntary full
-    rematerialisation"). Does nothing without our mesh, or where the entries divide.
+    rematerialisation"). Does nothing without our mesh, or where the entries are split.
 
     Args:
       table_VD: the table; gradients are added up in its type, so that to look up is float32.
       rows: logical axis of the entries where it is used: "small" to look up, "vocab_logits" to score.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or not table_VD.shape[0] % _ways("vocab", mesh):
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return table_VD
-    return _gathered(table_VD, rows)
+    ways = _ways("vocab", mesh)
+    return table_VD if ways > 1 and table_VD.shape[0] % ways == 0 else _gathered(table_VD, rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -149,8 +197,8 @@ def _gathered_forward(table_VD: Array, rows: str) -> tuple[Array, None]:
 
 
 def _gathered_backward(rows: str, nothing: None, grad_VD: Array) -> tuple[Array]:
-    # As it was used: the table's own split by width, left to spread, would reach through the hidden states into the
-    # layers, whose products then gather them all, or gather the ids of a look-up.
+    # As it was used: the split of the table, or with ZeRO-1 of its moments, left to spread, would reach through the
+    # hidden states into the layers, whose products then gather them all, or gather the ids of a look-up.
     return (constrain(grad_VD, rows, "table_width"),)
 
 
@@ -199,15 +247,10 @@ def param_shardings(
         spec(rule.names, placement)  # refuses a line that cannot be
         placed = _placed(leaf.shape, rule.names, mesh, placement)
         for size, name, own in zip(leaf.shape, placed, rule.names, strict=True):
-            ways = _ways(name, mesh, placement)
-            if size % ways:
+            if size % _ways(name, mesh, placement):
                 # Of a table that can be split by neither of its dims, the vocabulary is the one that is easily changed.
-                name, size = (name, leaf.shape[rule.names.index(name)]) if own != name else (name, size)
-                axes = " x ".join(f"--mesh.{axis} {mesh.shape[axis]}" for axis in placement[name])
-                raise UserError(
-                    f"{fields.get(name, path)} = {size} cannot be split {ways} ways ({axes}): "
-                    f"choose a multiple of {ways} ({-(-size // ways) * ways} is the next) or another mesh"
-                )
+                size = leaf.shape[rule.names.index(name)] if own != name else size
+                check_divides(fields.get(name, path), size, name, mesh, placement)
         return NamedSharding(mesh, spec(placed, placement))
 
     return map_rules(place, params, rules)
@@ -263,6 +306,15 @@ def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None
             f"choose a multiple of {step}, such as {max(step, round(batch_size / step) * step)}"
             f"{_or_hosts(batch_size, max(1, num_microbatches), mesh)}"
         )
+
+
+def check_lengths(row_lengths: Mapping[str, int], mesh: Mesh) -> None:
+    """Raises UserError unless rows can be split along their length as often as the mesh wants it."""
+    ways = _ways("sequence", mesh)
+    if ways > 1 and not row_lengths:
+        raise UserError(f"--mesh.sequence {ways}: this model reads along the length; take --mesh.tensor {ways} instead")
+    for option, length in row_lengths.items():
+        check_divides(option, length, "sequence", mesh)
 
 
 def _or_hosts(batch_size: int, num_microbatches: int, mesh: Mesh) -> str:

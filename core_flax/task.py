@@ -71,6 +71,8 @@ class Task:
         have another number of rows (packed examples), of which each host then gives the same share.
       param_rules: how each parameter is named, sharded and optimised.
       axis_fields: logical axis -> the config field that sets its size, for messages.
+      row_lengths: the config field -> length of rows that it sets, of a model whose rows can be split along their
+        length (mesh axis "sequence"); of others nothing.
       evaluators: by name; the first one's objective ranks checkpoints.
       cost: step -> what that training step amounts to; most tasks have one for all steps.
       carry: () -> what the first step finds, where each hands something to the next, row to row, as truncated
@@ -85,6 +87,7 @@ class Task:
     param_rules: tuple[ParamRule, ...]
     initial: Mapping[str, Array] = field(default_factory=dict)
     axis_fields: Mapping[str, str] = field(default_factory=dict)
+    row_lengths: Mapping[str, int] = field(default_factory=dict)
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
     cost: Callable[[int], Cost] = lambda step: Cost()
     carry: Callable[[], Any] | None = None

@@ -131,7 +131,7 @@ class LlamaBlock(nn.Module):
             config.mlp_width, jax.nn.silu, config.kernel_init, self.dtype, config.out_init, name="mlp"
         )
         x_BLD += mlp(norm(name="mlp_norm")(x_BLD))
-        return (sharding.constrain(x_BLD, "batch", "length", "width"), cache), None
+        return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
 
 
 class Llama(nn.Module):

@@ -125,7 +125,7 @@ class GPT2Block(nn.Module):
 
         mlp = FeedForward(config.mlp_width, gelu_tanh, config.kernel_init, self.dtype, config.out_init, name="mlp")
         x_BLD += dropout(mlp(norm(name="mlp_norm")(x_BLD)))
-        return (sharding.constrain(x_BLD, "batch", "length", "width"), cache), None
+        return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
 
 
 class GPT2(nn.Module):
@@ -230,7 +230,7 @@ class GPT2(nn.Module):
     ) -> tuple[Array, Any]:
         x_BLD = self.token(tokens_BL) + self.position(positions_BL)
         x_BLD = self.dropout(x_BLD, row_B=row_B, deterministic=deterministic)
-        x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
+        x_BLD = sharding.constrain(x_BLD, "batch", "sequence", "width")
         if cache is None:
             layers = jnp.arange(self.config.num_layers)
             (x_BLD, _), _ = self.layers((x_BLD, None), layers, mask, row_B, deterministic)

@@ -131,7 +131,7 @@ class SpeedrunBlock(nn.Module):
         down = Linear((config.width,), nn.initializers.zeros, self.dtype, use_bias=False, name="down")
         hidden_BLF = sharding.constrain(squared_relu(up(normalised(x_BLD))), "batch", "length", "mlp")
         x_BLD += dropout(down(hidden_BLF))
-        return (sharding.constrain(x_BLD, "batch", "length", "width"), cache), None
+        return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
 
 
 class Speedrun(nn.Module):
@@ -235,7 +235,7 @@ class Speedrun(nn.Module):
         deterministic: bool,
     ) -> tuple[Array, Any]:
         x_BLD = self.dropout(normalised(self.token(tokens_BL)), row_B=row_B, deterministic=deterministic)
-        x_BLD = sharding.constrain(x_BLD, "batch", "length", "width")
+        x_BLD = sharding.constrain(x_BLD, "batch", "sequence", "width")
         angles = rotation(positions_BL, self.config.head_width, self.config.rope_theta)
         if cache is None:
             layers = jnp.arange(self.config.num_layers)

@@ -15,7 +15,7 @@ from core_flax.hardware import compute_dtype
 from core_flax.losses import vocabulary_sums
 from core_flax.task import Cost, Evaluator, MetricSums, Task
 from core_flax.types import Array, Batch, Params, Sums
-from lm_flax.architectures import ARCHITECTURES, init_params, make_model, soft_cap
+from lm_flax.architectures import ARCHITECTURES, context, init_params, make_model, soft_cap
 from lm_flax.batches import Rows, TextBatches, in_order
 from lm_flax.config import AnyLM
 from lm_flax.data import TokenStore
@@ -74,6 +74,7 @@ def task_without_data(config: AnyLM) -> Task:
         batches=batches,
         param_rules=architecture.rules,
         axis_fields=architecture.axis_fields,
+        row_lengths={} if context(config.model) is None else {"--inputs.length": length},
         cost=lambda step: cost,
         carry=partial(model.init_cache, batch_size, 0) if config.inputs.order == "streams" else None,
     )

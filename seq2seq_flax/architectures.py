@@ -64,7 +64,12 @@ def param_rules(config: ModelConfig) -> tuple[ParamRule, ...]:
 
 def axis_fields(config: ModelConfig) -> Mapping[str, str]:
     """The setting behind each logical axis, for messages about sizes that do not divide."""
-    return AXIS_FIELDS if isinstance(config, TransformerConfig | ModernConfig) else RECURRENT_AXIS_FIELDS
+    return AXIS_FIELDS if is_transformer(config) else RECURRENT_AXIS_FIELDS
+
+
+def is_transformer(config: ModelConfig) -> bool:
+    """Whether it reads all of a row at once, rather than along it."""
+    return isinstance(config, TransformerConfig | ModernConfig)
 
 
 def flops_per_row(config: ModelConfig, source_length: int, target_length: int) -> float:

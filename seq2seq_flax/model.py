@@ -81,7 +81,7 @@ class EncoderBlock(nn.Module):
         x_BLD = norm(name="attention_norm")(x_BLD + Dropout(config.dropout)(mixed_BLD, **drawn))
         mixed_BLD = FeedForward(config, self.dtype, name="mlp")(x_BLD, **drawn)
         x_BLD = norm(name="mlp_norm")(x_BLD + Dropout(config.dropout)(mixed_BLD, **drawn))
-        return sharding.constrain(x_BLD, "batch", "length", "width"), None
+        return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
 
 
 class DecoderBlock(nn.Module):
@@ -115,7 +115,7 @@ class DecoderBlock(nn.Module):
         """Maps hidden states [B, L, D], given (memory [B, M, D], mask of self- and mask of cross-attention)."""
         memory_BMD, self_mask, mask = given
         x_BLD, _ = self.read(x_BLD, self.keys_values(memory_BMD), self_mask, mask, None, 0, row_B, deterministic)
-        return sharding.constrain(x_BLD, "batch", "length", "width"), None
+        return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
 
     def keys_values(self, memory_BMD: Array) -> tuple[Array, Array]:
         """Keys and values [B, H, M, K] of the attention to the source: they depend on that alone."""
@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         if self.config.scale_embeddings:
             embedded_BLD *= self.config.width**0.5
         x_BLD = embedded_BLD + positions_of(positions_BL, self.config.width).astype(self.dtype)
-        return sharding.constrain(x_BLD, "batch", "length", "width")
+        return sharding.constrain(x_BLD, "batch", "sequence", "width")
 
 
 class _Stack(nn.Module):

@@ -63,7 +63,7 @@ class EncoderBlock(nn.Module):
         mixed_BLD, _ = self.attention(self.attention_norm(x_BLD), mask, prepare=_turned(turn), **drawn)
         x_BLD += self.dropouts[0](mixed_BLD, **drawn)
         x_BLD += self.dropouts[1](self.mlp(self.mlp_norm(x_BLD)), **drawn)
-        return sharding.constrain(x_BLD, "batch", "length", "width"), None
+        return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
 
 
 class DecoderBlock(nn.Module):
@@ -94,7 +94,7 @@ class DecoderBlock(nn.Module):
         memory_BMD, self_mask, mask, turn = given
         keys_values = self.keys_values(memory_BMD)
         x_BLD, _ = self.read(x_BLD, keys_values, self_mask, mask, turn, None, 0, row_B, deterministic)
-        return sharding.constrain(x_BLD, "batch", "length", "width"), None
+        return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
 
     def keys_values(self, memory_BMD: Array) -> tuple[Array, Array]:
         """Keys and values [B, H, M, K] of the attention to the source: they depend on that alone."""
@@ -227,7 +227,7 @@ class ModernTransformer(EncoderDecoder):
 
     def _embed(self, which: str, tokens_BL: Array) -> Array:
         x_BLD = self.table(which)(tokens_BL) * self.config.width**0.5
-        return sharding.constrain(x_BLD, "batch", "length", "width")
+        return sharding.constrain(x_BLD, "batch", "sequence", "width")
 
     def _rotation(self, positions_BL: Array | None, length: int) -> Rotation:
         positions_BL = jnp.arange(length)[None] if positions_BL is None else positions_BL

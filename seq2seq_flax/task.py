@@ -11,7 +11,7 @@ from core_flax.hardware import compute_dtype
 from core_flax.task import Cost, Evaluator, MetricSums, Task
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import Array, Batch, Params, Sums
-from seq2seq_flax.architectures import Model, axis_fields, flops_per_row, make_model, param_rules
+from seq2seq_flax.architectures import Model, axis_fields, flops_per_row, is_transformer, make_model, param_rules
 from seq2seq_flax.batches import PairBatches
 from seq2seq_flax.config import AnyTranslateConfig
 from seq2seq_flax.pairs import PairStore
@@ -83,6 +83,7 @@ def task_without_data(config: AnyTranslateConfig) -> Task:
         batches=batches,
         param_rules=param_rules(config.model),
         axis_fields=axis_fields(config.model),
+        row_lengths={"--inputs.row-length": length} if is_transformer(config.model) else {},
         cost=lambda step: cost,
     )
 

@@ -74,6 +74,7 @@ def make_task(
         param_rules=PARAM_RULES,
         initial={path: array for path, array in leaves(pretrained) if path in shapes},
         axis_fields=AXIS_FIELDS,
+        row_lengths={"--inputs.max-length": packed.row_length},
         evaluators={name: make_evaluator(config, spec, model, data, row_multiple) for name, data in held_out.items()},
         cost=lambda step: Cost(tokens=round(tokens), flops=flops),
     )

@@ -51,6 +51,9 @@ TURNS = {
     "mesh.data": 1,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
+    "mesh.sequence": 2,
+    "mesh.dcn_data": 2,
+    "mesh.dcn_fsdp": 2,
     "mesh.zero1": True,
     "model.vocab_size": 208,
     "model.num_layers": 3,
@@ -166,5 +169,14 @@ def attributes_read():
 
 @pytest.mark.parametrize("cls", [PretrainCommand, PrepareConfig, EvaluateCommand, FillMaskCommand])
 def test_every_setting_is_read(cls):
-    by_name = {"fsdp", "tensor", "beta1", "beta2", "epsilon"}  # read through getattr; turned above
+    by_name = {
+        "fsdp",
+        "tensor",
+        "sequence",
+        "dcn_data",
+        "dcn_fsdp",
+        "beta1",
+        "beta2",
+        "epsilon",
+    }  # read through getattr; turned above
     assert {path.rpartition(".")[2] for path in paths(cls)} - by_name <= attributes_read()

@@ -47,7 +47,7 @@ def place(params, rules=RULES, **sizes):
     ],
 )
 def test_data_takes_the_devices_that_are_left(sizes, expected):
-    assert dict(mesh(**sizes).shape) == expected
+    assert dict(mesh(**sizes).shape) == dict.fromkeys(sharding.MESH_AXES, 1) | expected
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 4, "fsdp": 2}, {"fsdp": 3}, {"tensor": 8}])
@@ -64,7 +64,7 @@ def test_an_unknown_logical_axis():
 
 
 def test_two_dims_over_one_mesh_axis():
-    with pytest.raises(ValueError, match=r"two dims .* \('vocab', 'embed'\) -> \['tensor', 'fsdp', 'fsdp'\]"):
+    with pytest.raises(ValueError, match=r"two dims .* \('vocab', 'embed'\) -> \[.*'fsdp', 'dcn_fsdp', 'fsdp'\]"):
         sharding.spec(("vocab", "embed"))
 
 
@@ -85,8 +85,8 @@ def test_every_parameter_has_one_line_with_its_dims(rules, message):
 def test_a_table_whose_entries_do_not_divide_is_split_by_its_width():
     """Never whole on every device."""
     params = PARAMS | {"table": jnp.zeros((10, 8))}
-    assert place(params, fsdp=2, tensor=2)["table"].spec == P(None, ("tensor", "fsdp"))
-    assert place(params, fsdp=2)["table"].spec == P(("tensor", "fsdp"), None)  # two ways divide ten
+    assert place(params, fsdp=2, tensor=2)["table"].spec == P(None, ("tensor", "sequence", "dcn_fsdp", "fsdp"))
+    assert place(params, fsdp=2)["table"].spec[1] is None  # two ways divide ten
 
 
 def test_a_size_that_does_not_divide_names_its_field():
@@ -122,7 +122,7 @@ def test_a_batch_that_does_not_divide(batch_size, num_microbatches, advice):
 def test_hosts_that_do_not_divide_a_batch(batch_size, num_microbatches, hosts, advice):
     """Of eight devices each; the nearest number of hosts that does is told, the smaller of equals."""
     devices = np.array([SimpleNamespace(process_index=number // 8) for number in range(8 * hosts)])
-    on = SimpleNamespace(shape={"data": 8 * hosts, "fsdp": 1, "tensor": 1}, devices=devices)
+    on = SimpleNamespace(shape=dict.fromkeys(sharding.MESH_AXES, 1) | {"data": 8 * hosts}, devices=devices)
     with pytest.raises(UserError) as refused:
         sharding.check_batch_size(batch_size, num_microbatches, on)
     assert str(refused.value).endswith(f" microbatches x {8 * hosts} devices: {advice}")
@@ -186,7 +186,7 @@ def test_a_moment_of_another_shape_is_whole():
     state = TrainState(jnp.zeros(()), params, {"same": params, "other": {"up": jnp.zeros((2, 4))}})
     shardings = sharding.param_shardings(params, (ParamRule("up", "matrix", "embed | mlp"),), on)
     placed = sharding.state_shardings(state, shardings, on).opt_state
-    assert placed["same"]["up"].spec == P("fsdp", "tensor") and placed["other"]["up"].spec == P()
+    assert placed["same"]["up"].spec == sharding.spec(("embed", "mlp")) and placed["other"]["up"].spec == P()
 
 
 def test_batches_lie_by_rows():
@@ -216,4 +216,8 @@ def test_constrain_does_nothing_without_our_mesh():
 
 def test_table():
     shapes = jax.tree.map(lambda x: SimpleNamespace(shape=x.shape), PARAMS)
-    assert sharding.table(shapes, RULES)[0] == ("layers/down", (2, 16, 8), "P(None, 'tensor', 'fsdp')")
+    assert sharding.table(shapes, RULES)[0] == (
+        "layers/down",
+        (2, 16, 8),
+        "P(None, ('tensor', 'sequence'), ('dcn_fsdp', 'fsdp'))",
+    )

@@ -24,6 +24,7 @@ from core_flax import sharding
 from core_flax.config import MeshConfig, OptimizerConfig, TrainConfig
 from core_flax.params import leaves, path_of
 from core_flax.program import make_program
+from core_flax.types import UserError
 from launch.families import PRESETS
 from launch.hlo import read_work
 from lm_flax.config import GPT2Run
@@ -62,10 +63,20 @@ FAMILIES = {
         PRESETS["transformer_base"],
     ),
 }
+OF_ONE_FAMILY = {
+    "gpt2": ({"data": 4, "zero1": True}, {"data": 1, "dcn_data": 2, "dcn_fsdp": 2}),
+}
 LAYOUTS = {
     f"{name} " + " ".join(f"{axis}={size}" for axis, size in mesh.items()): mesh
     for name in FAMILIES
-    for mesh in ({"data": 4}, {"fsdp": 4}, {"data": 1, "tensor": 4}, {"fsdp": 2, "tensor": 2})
+    for mesh in (
+        {"data": 4},
+        {"fsdp": 4},
+        {"data": 1, "tensor": 4},
+        {"fsdp": 2, "tensor": 2},
+        {"data": 1, "sequence": 4},
+        *OF_ONE_FAMILY.get(name, ()),
+    )
 }
 TABLE_USES = {"bert": 2, "gpt2": 2, "seq2seq": 3}
 """How often a step reads the token table: to look up (source and target) and as the output layer."""
@@ -87,11 +98,15 @@ def batch_of(family, config, step):
 
 @dataclasses.dataclass
 class Ran:
-    """Losses of the steps, the compiled program's text, and the shapes of the parameters with their placements."""
+    """Losses of the steps, the compiled program's text, and the shapes of the parameters with their placements.
+
+    ``opt_bytes`` is what the optimizer keeps on one device.
+    """
 
     losses: list[float]
     text: str
     params: dict
+    opt_bytes: int
 
     @functools.cached_property
     def collectives(self):
@@ -132,7 +147,10 @@ def run(name, num_devices, **mesh):
         for step in range(NUM_STEPS):
             state, metrics = compiled(state, place(batch_of(family, config, step)))
             losses.append(float(metrics["loss"]))
-    return Ran(losses, compiled.as_text(), dict(leaves(program.abstract_state.params)))
+    kept = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(program.abstract_state.opt_state)
+    )
+    return Ran(losses, compiled.as_text(), dict(leaves(program.abstract_state.params)), kept)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +165,10 @@ def ran():
         before = os.dup(2)
         os.dup2(said.fileno(), 2)
         try:
-            found = {key: run(key.split()[0], 4, **mesh) for key, mesh in LAYOUTS.items()}
+            with pytest.MonkeyPatch.context() as patch:
+                # Devices of one process: which would be a slice of their own does not change what is computed.
+                patch.setattr(sharding, "_arranged", lambda devices, sizes: np.reshape(devices, (*sizes.values(),)))
+                found = {key: run(key.split()[0], 4, **mesh) for key, mesh in LAYOUTS.items()}
         finally:
             os.dup2(before, 2)
             os.close(before)
@@ -207,6 +228,106 @@ def test_tensor_parallelism_moves_what_the_textbook_says(name, num_sums, ran):
     assert found.bytes("all-gather", "all-to-all", "collective-permute") <= 2 * 4 * V * D
 
 
+@pytest.mark.parametrize(
+    ("name", "num_sums", "num_gathers"), [("bert", 8, 12), ("gpt2", 9, 13), ("seq2seq", 12, 6 + 3 + 5 + 3 + 1)]
+)
+def test_a_split_length_moves_what_the_textbook_says(name, num_sums, num_gathers, ran):
+    """The sums of tensor parallelism leave each device a part of the length, and what was a copy is gathered: before
+    the products, and again for the gradients of their weights, since only the part was kept (Korthikanti et al. 2022,
+    arXiv 2205.05198, section 4.2.2). So three gathers for a sublayer; cross-attention has five, of its two inputs and
+    of its gradient; the output layer keeps what it gathered, and BERT's has few positions."""
+    found = ran[0][f"{name} data=1 sequence=4"]
+    # A CPU's compiler writes a reduce-scatter as an all-reduce of which each takes its part.
+    tables = (TABLE_USES[name] - 1) * 4 * V * D
+    assert found.bytes("all-reduce", "reduce-scatter") == pytest.approx(num_sums * 4 * B * L * D + tables, rel=0.1)
+    assert found.bytes("all-gather") == pytest.approx(num_gathers * 4 * B * L * D + 4 * V * D, rel=0.01)
+    assert found.bytes("all-to-all", "collective-permute") <= 4 * V * D
+
+
+def test_zero1_splits_the_moments_and_gathers_what_is_updated(ran):
+    """Once for each parameter, beside the gradients' sum (Rajbhandari et al. 2020, section 7.2.1: no more than data
+    parallelism, where the sum is a reduce-scatter, as which a CPU's compiler does not write it)."""
+    whole, parted = ran[0]["gpt2 data=4"], ran[0]["gpt2 data=4 zero1=True"]
+    split = sum(moved_of_params(ran[0]["gpt2 fsdp=4"], split=True))
+    assert whole.opt_bytes - parted.opt_bytes == 2 * split * 3 / 4
+    assert parted.opt_bytes < 0.3 * whole.opt_bytes
+    assert parted.bytes("all-gather") == pytest.approx(split, rel=0.01)
+    assert parted.bytes("all-reduce", "reduce-scatter") == pytest.approx(whole.bytes("all-reduce"), rel=0.01)
+    assert parted.bytes("all-to-all", "collective-permute") <= 4 * V * D
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTpu:
+    """Of a slice of 2 x 2."""
+
+    id: int
+    platform = "tpu"
+    device_kind = "TPU v5 lite"
+    core_on_chip = 0
+
+    @property
+    def slice_index(self):
+        return self.id // 4
+
+    @property
+    def process_index(self):
+        return self.id // 2
+
+    @property
+    def coords(self):
+        return [self.id % 2, self.id % 4 // 2, 0]
+
+
+@pytest.mark.parametrize("sizes", [{"dcn_data": 2, "fsdp": 4}, {"dcn_fsdp": 2, "data": 2, "tensor": 2}], ids=str)
+def test_only_the_axes_that_are_meant_cross_slices(sizes):
+    config = MeshConfig(**sizes)
+    shape = {name: getattr(config, name) for name in sharding.MESH_AXES} | {"data": sizes.get("data", 1)}
+    found = sharding._arranged([FakeTpu(number) for number in range(8)], shape)
+    assert found.shape == tuple(shape.values())
+    slices = np.vectorize(lambda device: device.slice_index)(found)
+    for axis, name in enumerate(sharding.MESH_AXES):
+        stays = (slices == np.take(slices, [0], axis)).all()
+        assert stays == (shape[name] == 1 or not name.startswith("dcn_"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "said"),
+    [
+        ({"data": 8}, 8, r"--mesh\.dcn-data 1 x --mesh\.dcn-fsdp 1: the devices are 2 slices; choose these two"),
+        ({"dcn_data": 2}, 4, r"--mesh\.dcn-data 2 x --mesh\.dcn-fsdp 1: the devices are 1 slice; choose"),
+    ],
+)
+def test_slices_that_the_mesh_does_not_name_are_refused(sizes, devices, said):
+    with pytest.raises(UserError, match=said):
+        sharding.make_mesh(MeshConfig(**sizes), [FakeTpu(number) for number in range(devices)])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("bert", {"inputs": PairInputs(length=18, max_predictions=3)}, r"--inputs\.length = 18 .* 4 ways"),
+        (
+            "gpt2",
+            {"inputs": RowInputs(length=18)},
+            r"--inputs\.length = 18 cannot be .* \(--mesh\.sequence 4\).* \(20 is",
+        ),
+        ("seq2seq", {"inputs": PairRows(row_length=18)}, r"--inputs\.row-length = 18 cannot be split 4 ways"),
+    ],
+)
+def test_a_length_that_does_not_divide_is_refused(name, changes, said):
+    config, family = FAMILIES[name]
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, sequence=4), **changes)
+    with pytest.raises(UserError, match=said):
+        make_program(family.task(config), config, jax.devices()[:4])
+
+
+def test_a_model_that_reads_along_the_length_cannot_have_it_split():
+    config = PRESETS["lstm_small"].presets["lstm_small"]()
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, sequence=4))
+    with pytest.raises(UserError, match=r"--mesh\.sequence 4: .* take --mesh\.tensor 4"):
+        make_program(PRESETS["lstm_small"].task(config), config, jax.devices()[:4])
+
+
 def test_data_parallelism_reduces_the_gradients_once(ran):
     """But that the table is reduced once for each use of it."""
     for name in FAMILIES:
@@ -218,11 +339,11 @@ def test_data_parallelism_reduces_the_gradients_once(ran):
 
 def test_collectives_are_as_pinned(ran):
     lines = [
-        f"{key:<30}{kind:<20}{group:>3}{count:>6}{size:>10}"
+        f"{key:<34}{kind:<20}{group:>3}{count:>6}{size:>10}"
         for key, found in ran[0].items()
         for (kind, group), (count, size) in sorted(found.collectives.items())
     ]
-    text = "\n".join([f"{'':<30}{'':<20}{'of':>3}{'times':>6}{'bytes':>10}", *lines]) + "\n"
+    text = "\n".join([f"{'':<34}{'':<20}{'of':>3}{'times':>6}{'bytes':>10}", *lines]) + "\n"
     if os.environ.get("FLAX_WRITE_GOLDEN"):
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")
@@ -234,7 +355,7 @@ def test_published_vocabularies_fit_meshes(name, sizes):
     """30522 and 50257 divide by none of these; each device keeps its part of the tables all the same."""
     task = PRESETS[name].task(PRESETS[name].presets[name]())
     params = jax.eval_shape(task.init, jax.random.key(0))
-    mesh: Any = AbstractMesh(tuple({"data": 1, "fsdp": 1, "tensor": 1, **sizes}.values()), sharding.MESH_AXES)
+    mesh: Any = AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES), sharding.MESH_AXES)
     placed = dict(leaves(sharding.param_shardings(params, task.param_rules, mesh, task.axis_fields)))
     (path, table), *_ = [each for each in leaves(params) if each[0].endswith("token/embedding")]
     assert placed[path].shard_shape(table.shape) == (table.shape[0], table.shape[1] // math.prod(sizes.values()))
