@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from core_flax import kernels, sharding
@@ -107,16 +108,28 @@ class BertBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BLD: Array, mask: kernels.Mask, row_B: Array | None, deterministic: bool):
-        """Maps hidden states [B, L, D] to ([B, L, D], None): a carry and no output, as nn.scan wants it."""
-        config = self.config
+    def __call__(
+        self,
+        x_BLD: Array,
+        mask: kernels.Mask,
+        row_B: Array | None,
+        deterministic: bool,
+        places_BT: Array | None = None,
+    ):
+        """Maps hidden states [B, L, D] to ([B, L, D], None): a carry and no output, as nn.scan wants it.
+
+        With ``places_BT`` it computes those of these places alone, [B, T, D]; the mask is then that of [T, L].
+        """
+        config, memory_BLD = self.config, x_BLD
+        if places_BT is not None:
+            x_BLD = jnp.take_along_axis(x_BLD, places_BT[..., None], axis=1)
         norm = partial(Norm, epsilon=config.norm_epsilon, use_fast_variance=False, dtype=self.dtype)
         dropout = partial(Dropout(config.dropout), row_B=row_B, deterministic=deterministic)
 
         attention = MultiHeadAttention(
             config.num_heads, config.attention_dropout, config.kernel_init, self.dtype, name="attention"
         )
-        mixed_BLD = attention(x_BLD, x_BLD, mask, row_B=row_B, deterministic=deterministic)
+        mixed_BLD = attention(x_BLD, memory_BLD, mask, row_B=row_B, deterministic=deterministic)
         x_BLD = norm(name="attention_norm")(x_BLD + dropout(mixed_BLD))
 
         mlp = FeedForward(config.mlp_width, gelu, config.kernel_init, self.dtype, name="mlp")
@@ -185,6 +198,44 @@ class BertEncoder(nn.Module):
         )
         x_BLD, _ = self.layers(x_BLD, mask.for_layers(length, length), row_B, deterministic)
         return x_BLD, self.pool(x_BLD[:, 0])
+
+    def at(
+        self,
+        places_BT: Array,
+        tokens_BL: Array,
+        segments_BL: Array,
+        *,
+        positions_BL: Array,
+        sequences_BL: Array,
+        row_B: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Hidden states [B, T, D] of a few places of packed rows: the last block computes no others.
+
+        Of MiniLM's six layers that spares a seventh of all products, of BERT base's twelve a fourteenth. The arguments
+        are those of ``__call__``, and ``places_BT`` the places in the row.
+        """
+        if self.is_initializing():  # creates the parameters
+            x_BLD, _ = self(tokens_BL, segments_BL, positions_BL=positions_BL, sequences_BL=sequences_BL)
+            return jnp.take_along_axis(x_BLD, places_BT[..., None], axis=1)
+        config, length = self.config, tokens_BL.shape[1]
+        drawn = {"row_B": row_B, "deterministic": deterministic}
+        x_BLD = self.embeddings(tokens_BL, segments_BL, positions_BL=positions_BL, **drawn)
+        unroll = layers_per_turn(config.unroll, config.num_layers)
+        block = remat(BertBlock, config.remat, unroll)(config, self.dtype, parent=None)
+        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), config.num_layers)
+        layers = self.layers.variables["params"], keys
+
+        def apply(layer: Any, x_BLD: Array, mask: kernels.Mask, *places: Array) -> Array:
+            params, key = layer
+            rngs = None if key is None else {"dropout": key}
+            return cast(Any, block.apply({"params": params}, x_BLD, mask, row_B, deterministic, *places, rngs=rngs))[0]
+
+        mask = kernels.packed(sequences_BL).for_layers(length, length)
+        first, last = (jax.tree.map(lambda x, part=part: x[part], layers) for part in (slice(-1), -1))
+        x_BLD, _ = jax.lax.scan(lambda x, layer: (apply(layer, x, mask), None), x_BLD, first, unroll=unroll)
+        own_BT = jnp.take_along_axis(sequences_BL, places_BT, axis=1)
+        return apply(last, x_BLD, kernels.Mask(own_BT, sequences_BL), places_BT)
 
     def pool(self, x_BD: Array) -> Array:
         """Hidden states [B, ..., D] of first positions, as classifiers want them: a linear map and tanh."""

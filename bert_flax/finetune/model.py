@@ -3,6 +3,8 @@
 Sequences lie several to a row; see ``batches.PackedUnits`` for the arrays.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -33,10 +35,10 @@ class BertForSequences(nn.Module):
 
     def __call__(self, batch: Batch, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
         """Returns float32 [R, S, C, num_outputs]; what stands where there is no unit means nothing."""
-        x_RLD = _encode(self.encoder, batch, row_B, deterministic)
         first_RSC = batch["first_tokens"]
         first_RT = first_RSC.reshape(len(first_RSC), -1)
-        pooled_RTD = self.encoder.pool(jnp.take_along_axis(x_RLD, first_RT[..., None], axis=1))
+        rows = _rows(batch, row_B, deterministic)
+        pooled_RTD = self.encoder.pool(self.encoder.at(first_RT, batch["tokens"], batch["segments"], **rows))
         scores_RTO = self.head(self.dropout(pooled_RTD, row_B=row_B, deterministic=deterministic))
         return scores_RTO.astype(jnp.float32).reshape(*first_RSC.shape, self.num_outputs)
 
@@ -59,7 +61,7 @@ class BertForTokens(nn.Module):
 
     def __call__(self, batch: Batch, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
         """Returns float32 [R, L, num_outputs]."""
-        x_RLD = _encode(self.encoder, batch, row_B, deterministic)
+        x_RLD, _ = self.encoder(batch["tokens"], batch["segments"], **_rows(batch, row_B, deterministic))
         return self.head(self.dropout(x_RLD, row_B=row_B, deterministic=deterministic)).astype(jnp.float32)
 
 
@@ -74,13 +76,11 @@ def architecture(spec: TaskSpec) -> str:
     return f"BertFor{names.get(spec.kind, 'SequenceClassification')}"
 
 
-def _encode(encoder: BertEncoder, batch: Batch, row_B: Array | None, deterministic: bool) -> Array:
-    x_RLD, _ = encoder(
-        batch["tokens"],
-        batch["segments"],
-        positions_BL=batch["positions"],
-        sequences_BL=batch["sequences"],
-        row_B=row_B,
-        deterministic=deterministic,
-    )
-    return x_RLD
+def _rows(batch: Batch, row_B: Array | None, deterministic: bool) -> dict[str, Any]:
+    """How the encoder is to read packed rows."""
+    return {
+        "positions_BL": batch["positions"],
+        "sequences_BL": batch["sequences"],
+        "row_B": row_B,
+        "deterministic": deterministic,
+    }

@@ -16,7 +16,7 @@ from bert_flax.finetune.examples import Answer, ChoiceExample, QuestionExample, 
 from bert_flax.finetune.inputs import NO_TAG
 from bert_flax.finetune.task import Labelled, label_weights, make_model, make_task, scored_sums
 from bert_flax.finetune.tasks import TASKS
-from bert_flax.model import BertConfig
+from bert_flax.model import BertConfig, BertEncoder
 from core_flax import sharding
 from core_flax.config import MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from core_flax.evaluate import make_evaluate
@@ -28,7 +28,8 @@ WORDS = "the old river king of two towns went there in winter and saw four doors
 VOCABULARY = WordPiece([*SPECIALS, *WORDS])
 MODEL = BertConfig(
     vocab_size=VOCABULARY.num_tokens,
-    num_layers=1,
+    num_layers=2,
+    unroll=1,
     width=16,
     num_heads=2,
     mlp_width=32,
@@ -226,6 +227,52 @@ def test_packed_units_have_the_loss_of_units_alone(kind):
 def empty_rows(name, array, count):
     fill = {"units": -1, "labels": NO_TAG if array.shape[1] == 32 else 0}.get(name, 0)
     return np.full((count, *array.shape[1:]), fill, array.dtype)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_few_places_have_the_states_that_all_have(num_layers):
+    """Values and gradients; no other test sees them apart, for no loss of sequences asks for all."""
+    encoder = BertEncoder(dataclasses.replace(MODEL, num_layers=num_layers))
+    draw = np.random.default_rng(0)
+    tokens, segments = (draw.integers(0, n, (2, 12)) for n in (MODEL.vocab_size, 2))
+    sequences = np.repeat([[1, 1, 2], [1, 2, 0]], 4, axis=1)
+    positions, places = np.tile(np.arange(4), (2, 3)), np.array([[0, 8], [4, 0]])
+    packed = {"positions_BL": positions, "sequences_BL": sequences}
+    params = jax.jit(encoder.init)(jax.random.key(0), tokens, segments, **packed)
+
+    weights = draw.normal(size=(2, 2, MODEL.width))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.grad, has_aux=True)
+    def run(params, few):
+        if few:
+            x_BTD = encoder.apply(params, places, tokens, segments, **packed, method="at")
+        else:
+            x_BTD = encoder.apply(params, tokens, segments, **packed)[0][np.arange(2)[:, None], places]
+        return jnp.sum(weights * x_BTD), x_BTD
+
+    (gradient, expected), (mine, found) = run(params, False), run(params, True)
+    assert np.ptp(expected, axis=(0, 1)).min() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), mine, gradient)
+
+
+def test_dropout_at_few_places_follows_the_example():
+    """What is dropped follows the example, not its place in the batch."""
+    encoder = BertEncoder(dataclasses.replace(MODEL, num_layers=3))
+    ones, places = np.ones((2, 6), int), np.zeros((2, 1), int)
+    packed = {"positions_BL": np.tile(np.arange(6), (2, 1)), "sequences_BL": ones}
+    params = jax.jit(encoder.init)(jax.random.key(0), ones, ones, **packed)
+
+    @jax.jit
+    def run(*rows):
+        rngs = {"dropout": jax.random.key(1)}
+        drawn = {"row_B": jnp.stack(rows), "deterministic": False}
+        return encoder.apply(params, places, ones, ones, **packed, **drawn, rngs=rngs, method="at")
+
+    first = run(0, 1)
+    assert not np.allclose(first[0], first[1])
+    np.testing.assert_array_equal(first[::-1], run(1, 0))
 
 
 def test_hosts_share_the_rows_of_a_batch():
