@@ -134,7 +134,8 @@ class BertBlock(nn.Module):
 
         mlp = FeedForward(config.mlp_width, gelu, config.kernel_init, self.dtype, name="mlp")
         x_BLD = norm(name="mlp_norm")(x_BLD + dropout(mlp(x_BLD)))
-        return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
+        places = "sequence" if places_BT is None else "length"  # a few places are not split
+        return sharding.constrain(x_BLD, "batch", places, "width"), None
 
 
 class BertEncoder(nn.Module):
