@@ -1,7 +1,7 @@
 """The Transformer as published (Vaswani et al. 2017, arXiv 1706.03762): encoder, decoder, and decoding bit by bit."""
 
 from functools import partial
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -11,21 +11,16 @@ import jax.numpy as jnp
 from core_flax import kernels, sharding
 from core_flax.attention import MultiHeadAttention, SelfAttention, padding_mask
 from core_flax.cache import KeyValueCache, Shared, init_cache
-from core_flax.layers import Dropout, Embedding, Linear, Norm, gelu, layer_params, layers_per_turn, remat, unstack
+from core_flax.layers import Dropout, Linear, Norm, gelu, layer_params, layers_per_turn, remat, unstack
 from core_flax.types import Array, Params
 from seq2seq_flax.attention import LOOKED_AT, CrossAttention
 from seq2seq_flax.config import TransformerConfig
+from seq2seq_flax.interface import Drawn, EncoderDecoder
 
 # Glorot and Bengio 2010: keeps variances through square maps, and is what the reference implementation has.
 KERNEL_INIT = nn.initializers.glorot_uniform()
 
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": gelu}
-TABLES = {
-    "all": {"source": "token", "target": "token", "output": "token"},
-    "target": {"source": "source", "target": "target", "output": "target"},
-    "none": {"source": "source", "target": "target", "output": "output"},
-}
-"""Which embedding table serves as what, by how they are tied."""
 
 
 def positions_of(positions_BL: Array, width: int) -> Array:
@@ -56,13 +51,6 @@ class FeedForward(nn.Module):
         return linear((x_BLD.shape[-1],), name="down")(hidden_BLF)
 
 
-class _Drawn(TypedDict):
-    """What every dropout wants to know."""
-
-    row_B: Array | None
-    deterministic: bool
-
-
 class EncoderBlock(nn.Module):
     """Self-attention and feed-forward network, each added to its input and normalised (post-norm)."""
 
@@ -72,7 +60,7 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array, mask: kernels.Mask, row_B: Array | None, deterministic: bool):
         """Maps hidden states [B, L, D] to ([B, L, D], None): a carry and no output, as nn.scan wants it."""
-        config, drawn = self.config, _Drawn(row_B=row_B, deterministic=deterministic)
+        config, drawn = self.config, Drawn(row_B=row_B, deterministic=deterministic)
         attention = MultiHeadAttention(
             config.num_heads, config.attention_dropout, KERNEL_INIT, self.dtype, name="attention"
         )
@@ -133,7 +121,7 @@ class DecoderBlock(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Array, KeyValueCache | None]:
         """Hidden states [B, L, D] of tokens after those of the cache, if there is one, and the cache with them."""
-        drawn = _Drawn(row_B=row_B, deterministic=deterministic)
+        drawn = Drawn(row_B=row_B, deterministic=deterministic)
         mixed_BLD, cache = self.self_attention(x_BLD, self_mask, cache, layer, **drawn)
         x_BLD = self.self_attention_norm(x_BLD + self.dropouts[0](mixed_BLD, **drawn))
         mixed_BLD = self.cross_attention(x_BLD, keys_values, mask, **drawn)
@@ -152,69 +140,20 @@ class DecoderCache:
     """(Each layer's keys and values of the source, [B, H, M, K] both; True at its tokens, [B, M]): computed once."""
 
 
-class Transformer(nn.Module):
-    """Encoder and decoder over one vocabulary.
+class Transformer(EncoderDecoder):
+    """Encoder and decoder, each as it comes out of its last block."""
 
-    Attributes:
-      config: the architecture.
-      dtype: type of the computation; parameters are float32.
-    """
-
-    config: TransformerConfig
-    dtype: jnp.dtype = jnp.float32
+    config: TransformerConfig = TransformerConfig()
 
     def setup(self) -> None:
         """Creates the submodules."""
         config = self.config
-        names = dict.fromkeys(TABLES[config.tied_embeddings].values())
         # Rows have a norm of about 1: times sqrt(D) they are inputs of variance 1, as they are, they give such logits.
-        init = nn.initializers.normal(config.width**-0.5)
-        self.embeddings = {name: Embedding(config.vocab_size, config.width, init, self.dtype) for name in names}
+        self.embeddings = self.make_tables(nn.initializers.normal(config.width**-0.5))
         if config.output_bias:
             self.output_bias = self.param("output_bias", nn.initializers.zeros, (config.vocab_size,))
         self.encoder, self.decoder = _Stack(EncoderBlock, config, self.dtype), _Stack(DecoderBlock, config, self.dtype)
         self.source_dropout, self.target_dropout = Dropout(config.dropout), Dropout(config.dropout)
-
-    def __call__(
-        self,
-        source_BM: Array,
-        target_BL: Array,
-        *,
-        source_sequences_BM: Array,
-        target_sequences_BL: Array,
-        source_positions_BM: Array | None = None,
-        target_positions_BL: Array | None = None,
-        row_B: Array | None = None,
-        deterministic: bool = True,
-    ) -> Array:
-        """Scores of every next token, with several pairs to a row or one.
-
-        Args:
-          source_BM: token ids to translate.
-          target_BL: token ids of the translation, moved one to the right, after ``<s>``.
-          source_sequences_BM: the number of each token's pair in its row, from 1; 0: padding.
-          target_sequences_BL: likewise; a target sees the source of the same number.
-          source_positions_BM: each token's place in its sentence; None: its place in the row.
-          target_positions_BL: likewise.
-          row_B: the row's number in the global batch, for dropout; None: 0, 1, 2 ...
-          deterministic: False applies dropout and needs the rng "dropout".
-
-        Returns:
-          logits [B, L, V], float32.
-        """
-        memory_BMD = self.encode(
-            source_BM, source_sequences_BM, positions_BM=source_positions_BM, row_B=row_B, deterministic=deterministic
-        )
-        x_BLD = self.decode(
-            memory_BMD,
-            source_sequences_BM,
-            target_BL,
-            target_sequences_BL,
-            positions_BL=target_positions_BL,
-            row_B=row_B,
-            deterministic=deterministic,
-        )
-        return self.logits(x_BLD)
 
     def encode(
         self,
@@ -226,7 +165,7 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> Array:
         """Hidden states [B, M, D] of sources; arguments are those of ``__call__``."""
-        drawn = _Drawn(row_B=row_B, deterministic=deterministic)
+        drawn = Drawn(row_B=row_B, deterministic=deterministic)
         x_BMD = self.source_dropout(self._embed("source", source_BM, positions_BM), **drawn)
         mask = kernels.packed(sequences_BM).for_layers(source_BM.shape[1], source_BM.shape[1])
         return self.encoder(x_BMD, mask, row_B, deterministic)
@@ -243,7 +182,7 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> Array:
         """Hidden states [B, L, D] of targets, all positions at once; arguments are those of ``__call__``."""
-        drawn = _Drawn(row_B=row_B, deterministic=deterministic)
+        drawn = Drawn(row_B=row_B, deterministic=deterministic)
         x_BLD = self.target_dropout(self._embed("target", target_BL, positions_BL), **drawn)
         length, memory = target_BL.shape[1], memory_BMD.shape[1]
         own = kernels.causal(sequences_BL).for_layers(length, length)
@@ -251,12 +190,10 @@ class Transformer(nn.Module):
         given = (memory_BMD, own, cross)
         return self.decoder(x_BLD, given, row_B, deterministic)
 
-    def logits(self, x_BLD: Array) -> Array:
-        """Scores [..., V] for hidden states [..., D]."""
-        logits = self._table("output").logits(x_BLD)
-        if self.config.output_bias:
-            logits += self.output_bias
-        return sharding.constrain(logits, "batch", "length", "vocab_logits") if logits.ndim == 3 else logits
+    def logits(self, x: Array) -> Array:
+        """Scores [..., V], float32, for hidden states [..., D]."""
+        logits = super().logits(x)
+        return logits + self.output_bias if self.config.output_bias else logits
 
     def start(self, source_BM: Array, valid_BM: Array, length: int) -> DecoderCache:
         """Encodes sources, one to a row, and makes room for ``length`` target tokens a row.
@@ -297,13 +234,10 @@ class Transformer(nn.Module):
         params = layer_params(self.decoder.variables["params"]["layers"], number)
         return DecoderBlock(self.config, self.dtype, parent=None).apply({"params": params}, *arguments, method=method)
 
-    def _table(self, which: str) -> Embedding:
-        return self.embeddings[TABLES[self.config.tied_embeddings][which]]
-
     def _embed(self, which: str, tokens_BL: Array, positions_BL: Array | None) -> Array:
         if positions_BL is None:
             positions_BL = jnp.arange(tokens_BL.shape[1])[None]
-        embedded_BLD = self._table(which)(tokens_BL)
+        embedded_BLD = self.table(which)(tokens_BL)
         if self.config.scale_embeddings:
             embedded_BLD *= self.config.width**0.5
         x_BLD = embedded_BLD + positions_of(positions_BL, self.config.width).astype(self.dtype)

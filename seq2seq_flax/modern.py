@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +22,7 @@ from core_flax.types import Array, Params
 from seq2seq_flax.attention import LOOKED_AT, CrossAttention
 from seq2seq_flax.config import ModernConfig
 from seq2seq_flax.interface import Drawn, EncoderDecoder
-from seq2seq_flax.model import KERNEL_INIT
+from seq2seq_flax.model import KERNEL_INIT, DecoderCache
 
 
 def _self_attention(config: ModernConfig, dtype: jnp.dtype) -> SelfAttention:
@@ -123,16 +122,6 @@ class DecoderBlock(nn.Module):
         return x_BLD, cache
 
 
-@flax.struct.dataclass
-class ModernCache:
-    """What decoding carries from step to step; the first dim of every array is the row (see core_flax.cache)."""
-
-    own: KeyValueCache
-    """Keys and values of the target tokens that the decoder has read."""
-    source: Shared
-    """(Each layer's keys and values of the source, [B, H, M, K] both; True at its tokens, [B, M])."""
-
-
 class ModernTransformer(EncoderDecoder):
     """Encoder and decoder, each with a last norm."""
 
@@ -193,17 +182,17 @@ class ModernTransformer(EncoderDecoder):
         given = memory, own, cross, self._rotation(positions_BL, length)
         return self.decoder_norm(self.decoder(x_BLD, given, row_B, deterministic)[0])
 
-    def start(self, source_BM: Array, valid_BM: Array, length: int) -> ModernCache:
+    def start(self, source_BM: Array, valid_BM: Array, length: int) -> DecoderCache:
         """Encodes sources, one to a row, and makes room for ``length`` target tokens a row, ``<s>`` included."""
         config, memory_BMD = self.config, self.encode(source_BM, valid_BM.astype(jnp.int32))
         pairs = tuple(self._layer(number, "keys_values", memory_BMD) for number in range(config.num_layers))
         head_width = config.width // config.num_heads
         own = init_cache(len(source_BM), config.num_layers, config.num_heads, length, head_width, self.dtype)
-        return ModernCache(own, Shared((pairs, valid_BM)))
+        return DecoderCache(own, Shared((pairs, valid_BM)))
 
     def extend(
-        self, tokens_BL: Array, cache: ModernCache, num_tokens_B: Array | None = None
-    ) -> tuple[Array, ModernCache]:
+        self, tokens_BL: Array, cache: DecoderCache, num_tokens_B: Array | None = None
+    ) -> tuple[Array, DecoderCache]:
         """Reads more target tokens of each row: ([B, L, D], the cache with them)."""
         length, own = tokens_BL.shape[1], cache.own
         pairs, valid_BM = cache.source.value
@@ -213,7 +202,7 @@ class ModernTransformer(EncoderDecoder):
         for number in range(self.config.num_layers):
             x_BLD, own = self._layer(number, "read", x_BLD, pairs[number], *masks, turn, own, number)
         own = own.advance(length if num_tokens_B is None else num_tokens_B)
-        return self.decoder_norm(x_BLD), ModernCache(own, cache.source)
+        return self.decoder_norm(x_BLD), DecoderCache(own, cache.source)
 
     @nn.nowrap
     def unstack(self, params: Params) -> Params:
