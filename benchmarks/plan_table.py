@@ -113,8 +113,8 @@ def read() -> list[dict]:
     return [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
 
 
-def write_table() -> None:
-    """docs/plan.md, from the cells."""
+def write_table(num_missing: int) -> None:
+    """docs/plan.md, from the cells; it says how many of them are not planned yet."""
     rows = [
         "| preset | slice | settings | GiB | step, ms | tokens/s | MFU | bound by |",
         "|---|---|---|---|---|---|---|---|",
@@ -135,7 +135,8 @@ def write_table() -> None:
             f"| {figures['tokens_per_second']:,.0f} | {mfu} | {roofline['bound']} |"
         )
     versions = next((each["versions"] for each in found if "versions" in each), {"jax": "-", "libtpu": "-"})
-    TABLE.write_text(HEAD.format(**versions) + "\n".join(rows) + "\n", encoding="utf-8")
+    missing = f"{num_missing} more are not planned yet.\n\n" if num_missing else ""
+    TABLE.write_text(HEAD.format(**versions) + missing + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 def in_order(presets: list[str], topologies: list[str]) -> list[tuple[str, str]]:
@@ -178,7 +179,7 @@ def main() -> None:
             file.write(json.dumps(line) + "\n")
         figures = line["plan"]
         print(preset, topology, figures and (figures["mfu"], figures["roofline"]["bound"]), flush=True)
-    write_table()
+    write_table(len(PRESETS) * len(TOPOLOGIES) - len(read()))
 
 
 if __name__ == "__main__":

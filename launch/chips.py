@@ -25,6 +25,7 @@ class Chip:
       link_bandwidth: bytes a second, one way, of one link to a neighbour in the torus.
       torus_dims: dims of the torus: a chip has two links for each.
       wraps_at: length of a dim of a slice from which on its ends are joined.
+      slow_bandwidth: bytes a second, one way, of its share of the network between slices.
     """
 
     memory: float | None = None
@@ -32,18 +33,24 @@ class Chip:
     link_bandwidth: float | None = None
     torus_dims: int = 0
     wraps_at: int = 0
+    slow_bandwidth: float | None = None
 
 
 CHIPS: dict[str, Chip] = {
     "v4": Chip(32 * GIB, 1228 * GIGA, 2400 / 8 / 6 * GIGA, torus_dims=3, wraps_at=4),
-    "v5e": Chip(16 * GIB, 819 * GIGA, 1600 / 8 / 4 * GIGA, torus_dims=2, wraps_at=16),
-    "v5p": Chip(95 * GIB, 2765 * GIGA, 4800 / 8 / 6 * GIGA, torus_dims=3, wraps_at=4),
-    "v6e": Chip(32 * GIB, 1600 * GIGA, 3200 / 8 / 4 * GIGA, torus_dims=2, wraps_at=16),
+    "v5e": Chip(
+        16 * GIB, 819 * GIGA, 1600 / 8 / 4 * GIGA, torus_dims=2, wraps_at=16, slow_bandwidth=6400 / 256 / 8 * GIGA
+    ),
+    "v5p": Chip(95 * GIB, 2765 * GIGA, 4800 / 8 / 6 * GIGA, torus_dims=3, wraps_at=4, slow_bandwidth=50 / 8 * GIGA),
+    "v6e": Chip(
+        32 * GIB, 1600 * GIGA, 3200 / 8 / 4 * GIGA, torus_dims=2, wraps_at=16, slow_bandwidth=25600 / 256 / 8 * GIGA
+    ),
 }
 """TPUs by version. Peak operations are in core_flax/hardware.py.
 
 Sources: docs.cloud.google.com/tpu/docs/ + v4, v5e, v5p, v6e: HBM capacity and bandwidth, and "inter-chip interconnect
-bandwidth" per chip in Gbit/s one way, here divided by 8 bits and by its links (two for each dim of the torus).
+bandwidth" per chip in Gbit/s one way, here divided by 8 bits and by its links (two for each dim of the torus); "data
+center network bandwidth" per pod of 256 chips (v5e, v6e), or per chip (v5p).
 """
 
 GPUS: tuple[tuple[str, Chip], ...] = (
@@ -71,13 +78,15 @@ class Topology:
       name: as it was asked for.
       devices: real ones, or those of a machine that is not here.
       chip: what one of them can do.
-      shape: lengths of the torus; () where there is none.
+      shape: lengths of the torus, of one slice; () where there is none.
+      num_slices: slices, which the slow network joins.
     """
 
     name: str
     devices: Sequence[Any]
     chip: Chip
     shape: tuple[int, ...] = ()
+    num_slices: int = 1
 
     @property
     def is_cpu(self) -> bool:
@@ -111,9 +120,15 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     raise UserError(f"unknown topology {name!r}; there are cpu:N, local, and TPU slices as in v5e:16x16 ({tpus})")
 
 
+def parse_slices(name: str) -> tuple[str, int]:
+    """(what one slice is, how many) of v5e:16x16x2-slices, or of one alone."""
+    several = re.fullmatch(r"(v.*:.+)x([1-9]\d*)-slices", name)
+    return (several[1], int(several[2])) if several else (name, 1)
+
+
 def prepare_environment(name: str) -> None:
     """What has to be set before jax is asked for devices. Raises UserError as parse_topology."""
-    kind, shape = parse_topology(name)
+    kind, shape = parse_topology(parse_slices(name)[0])
     if kind == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={shape[0]}"
@@ -123,6 +138,7 @@ def prepare_environment(name: str) -> None:
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-16",
             "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing but the compiler is used: others may use it too
         }
 
 
@@ -132,7 +148,8 @@ def find(name: str) -> Topology:
     Raises:
       UserError: there is no such topology, or the TPU's compiler is not installed.
     """
-    kind, shape = parse_topology(name)
+    one, slices = parse_slices(name)
+    kind, shape = parse_topology(one)
     if kind == "cpu":
         return Topology(name, jax.devices("cpu")[: shape[0]], Chip())
     if kind == "local":
@@ -140,11 +157,12 @@ def find(name: str) -> Topology:
         gpu = next((chip for pattern, chip in GPUS if re.search(pattern, devices[0].device_kind)), Chip())
         return Topology(f"{len(devices)} local devices", devices, gpu)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        options = {"num_slices": slices} if slices > 1 else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=one, **options)
     except Exception as error:  # whatever a plugin that is missing or too old may raise
         said = " ".join(str(error).split())[:200]
         raise UserError(
             f"{name}: the TPU compiler cannot be used ({said}); pip install flax-pretraining[tpu]"
         ) from error
-    assert len(found.devices) == math.prod(shape), f"{name} has {len(found.devices)} devices"
-    return Topology(name, found.devices, CHIPS[kind], shape)
+    assert len(found.devices) == math.prod(shape) * slices, f"{name} has {len(found.devices)} devices"
+    return Topology(name, found.devices, CHIPS[kind], shape, slices)

@@ -22,7 +22,8 @@ class PlanOptions:
     """Where the step is to run, and what is to be told of it."""
 
     topology: str
-    """What to plan for: a TPU slice (v5e:16x16, v5p:4x4x8, ...), cpu:N, or local for the devices of this machine."""
+    """What to plan for: a TPU slice (v5e:16x16, v5p:4x4x8, ...), several of them with the slow network between
+    (v5e:16x16x2-slices, for --mesh.dcn-data or --mesh.dcn-fsdp), cpu:N, or local for the devices of this machine."""
     batch: int | None = None
     """Short for --train.batch-size."""
     search: bool = False

@@ -20,6 +20,7 @@ _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_TRANSFER = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}[^"]*",_xla_megascale_transfer_type="(\w+)"')
 _SPLASH = re.compile(r'op_name="[^"]*splash_m[hq]a_(fwd|dq|dkv)')
 _FREE = {
     "parameter",
@@ -31,6 +32,8 @@ _FREE = {
     "partition-id",
     "iota",
     "domain",
+    "send",
+    "recv",
 }
 
 
@@ -67,12 +70,14 @@ class Collective:
       group: devices that take part in one.
       bytes: of one, on one device: the result, but the operand of a reduce-scatter.
       count: how often it runs.
+      slow: whether it is what slices do among each other; then ``group`` is their number.
     """
 
     kind: str
     group: int
     bytes: float
     count: float
+    slow: bool = False
 
 
 @dataclass
@@ -359,6 +364,10 @@ def _collectives(
 ) -> Iterator[tuple[str, Collective]]:
     """(channel, collective) of those that an instruction is, or has inside; ``fusion`` is the one that it is in."""
     kind = each.opcode.removesuffix("-start")
+    if each.opcode == "send" and (transfer := _TRANSFER.search(each.rest)):
+        size, slices = num_bytes(home[each.operands[0]].type), _num_listed(transfer[1])
+        done = transfer[2].lower().replace("_", "-")
+        yield "", Collective(done, slices, size * slices if done == "all-gather" else size, 1, slow=True)
     if kind in COLLECTIVES:
         operands = sum(num_bytes(home[name].type) for name in each.operands if name in home)
         result = num_bytes(each.type)
@@ -373,6 +382,12 @@ def _collectives(
         for inner in computations[called].values():
             deeper = _called(inner) if inner.opcode == "fusion" else []
             yield from _collectives(computations, computations[called], inner, deeper, called)
+
+
+def _num_listed(text: str) -> int:
+    """How many numbers "1,2" or "0:3" lists."""
+    spans = [part.split(":") for part in text.split(",")]
+    return sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
 
 
 def _group_size(rest: str) -> int:

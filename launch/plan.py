@@ -65,13 +65,15 @@ class Roofline:
     Attributes:
       compute: its matrix products at the device's peak.
       memory: its memory traffic at the memory's bandwidth.
-      network: its collectives.
+      network: its collectives between chips of a slice.
+      slow_network: those between slices.
       step: every kernel at its own bound, one after another; collectives beside them, if they take no longer.
     """
 
     compute: float | None
     memory: float | None
     network: float | None
+    slow_network: float | None
     step: float | None
 
     @property
@@ -79,6 +81,8 @@ class Roofline:
         """What the step is bound by."""
         if self.step is None or self.compute is None:
             return None
+        if self.slow_network is not None and self.slow_network >= self.step:
+            return "the network between slices"
         if self.network is not None and self.network >= self.step:
             return "the network between chips"
         return "matrix products" if self.compute >= 0.5 * self.step else "memory bandwidth"
@@ -208,7 +212,7 @@ def _grouped(collectives: list[Collective]) -> tuple[Collective, ...]:
 
 def collective_seconds(each: Collective, topology: Topology) -> float | None:
     """What one collective takes, bound by bandwidth; None where that is unknown."""
-    bandwidth = topology.bandwidth(each.group)
+    bandwidth = topology.chip.slow_bandwidth if each.slow else topology.bandwidth(each.group)
     if bandwidth is None:
         return None
     return _MOVED.get(each.kind, 1.0) * each.bytes * (each.group - 1) / each.group / bandwidth
@@ -217,15 +221,19 @@ def collective_seconds(each: Collective, topology: Topology) -> float | None:
 def _roofline(work: Work, topology: Topology) -> Roofline:
     peak = hardware.peak_flops(topology.devices[0].device_kind)
     bandwidth = topology.chip.memory_bandwidth
-    times = [(each.count, collective_seconds(each, topology)) for each in work.collectives]
-    network = sum(count * seconds for count, seconds in times if seconds is not None)
+    times = [(each, collective_seconds(each, topology)) for each in work.collectives]
     known = all(seconds is not None for _, seconds in times)
+    fast, slow = (
+        sum(each.count * seconds for each, seconds in times if seconds is not None and each.slow == slow)
+        for slow in (False, True)
+    )
     if not peak or not bandwidth:
-        return Roofline(work.flops / peak if peak else None, None, None, None)
+        return Roofline(work.flops / peak if peak else None, None, None, None, None)
     kernels = sum(times * max(flops / peak, moved / bandwidth) for flops, moved, times in work.kernels)
     return Roofline(
         compute=work.flops / peak,
         memory=work.bytes / bandwidth,
-        network=network if known else None,
-        step=max(kernels, network) if known else None,
+        network=fast if known else None,
+        slow_network=slow if known else None,
+        step=max(kernels, fast, slow) if known else None,
     )

@@ -11,7 +11,7 @@ from launch.plan import Plan, collective_seconds
 
 def lines(plan: Plan, topology: Topology) -> list[str]:
     """The plan as text."""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    mesh = _mesh(plan)
     devices = math.prod(plan.mesh.values())
     found = [
         f"{plan.topology}: {devices} x {plan.device_kind}, mesh {mesh}",
@@ -24,7 +24,7 @@ def lines(plan: Plan, topology: Topology) -> list[str]:
         f"  {'memory traffic':<28}{plan.bytes / 1e9:>10.3f} GB   {_ms(plan.roofline.memory)}",
     ]
     for each in plan.collectives[:12]:
-        what = f"{each.kind} x {each.count:g} over {each.group}"
+        what = f"{each.kind} x {each.count:g} over {each.group}{' slices' * each.slow}"
         seconds = collective_seconds(each, topology)
         total = None if seconds is None else seconds * each.count
         found.append(f"  {what:<28}{each.bytes * each.count / 1e9:>10.3f} GB   {_ms(total)}")
@@ -32,6 +32,10 @@ def lines(plan: Plan, topology: Topology) -> list[str]:
         rest = plan.collectives[12:]
         found.append(f"  {f'{len(rest)} more kinds':<28}{sum(e.bytes * e.count for e in rest) / 1e9:>10.3f} GB")
     return [*found, "", *_estimate(plan)]
+
+
+def _mesh(plan: Plan) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1 or axis == "data")
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -69,11 +73,10 @@ def table(plans: Sequence[tuple[str, Plan]]) -> list[str]:
     head = f"{'mesh':<34}{'microbatches':>13}{'remat':>13}{'GiB':>8}{'ms':>10}{'MFU':>7}"
     rows = []
     for remat, plan in plans:
-        mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
         step = "-" if plan.roofline.step is None else f"{1000 * plan.roofline.step:.2f}"
         mfu = "-" if plan.mfu is None else f"{plan.mfu:.1%}"
         memory = plan.memory.total / GIB
-        rows.append(f"{mesh:<34}{plan.num_microbatches:>13}{remat:>13}{memory:>8.2f}{step:>10}{mfu:>7}")
+        rows.append(f"{_mesh(plan):<34}{plan.num_microbatches:>13}{remat:>13}{memory:>8.2f}{step:>10}{mfu:>7}")
     return [head, *rows]
 
 

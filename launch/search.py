@@ -52,8 +52,9 @@ def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> s
     size = "more than there is" if needed is None else f"{needed / chips.GIB:.1f} GiB"
     has = "" if capacity is None else f", which has {capacity / chips.GIB:.0f}"
     remedies = []
-    if config.mesh.fsdp < len(topology.devices):
-        remedies.append(f"--mesh.fsdp {min(len(topology.devices), max(2, 4 * config.mesh.fsdp))}")
+    slice_size = len(topology.devices) // topology.num_slices
+    if config.mesh.fsdp < slice_size:
+        remedies.append(f"--mesh.fsdp {min(slice_size, max(2, 4 * config.mesh.fsdp))}")
     remedies.append(f"--train.num-microbatches {2 * config.train.num_microbatches}")
     if _has_remat(config) and config.model.remat != "block":
         remedies.append("--model.remat block")
@@ -62,7 +63,7 @@ def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> s
 
 
 def candidates(config: Any, num_devices: int) -> Iterator[Any]:
-    """Settings to try, those that need the fewest collectives and the least work first."""
+    """Settings to try on the devices of a slice, those that need the fewest collectives and the least work first."""
     fsdps = [ways for ways in _powers(num_devices) if ways in (1, 4, 16, 64, 256) or ways == num_devices]
     remats = dict.fromkeys((config.model.remat, "none", "elementwise", "block")) if _has_remat(config) else (None,)
     for tensor in (1, 2, 4, 8):
@@ -72,7 +73,7 @@ def candidates(config: Any, num_devices: int) -> Iterator[Any]:
                     if fsdp * tensor <= num_devices:
                         yield dataclasses.replace(
                             config,
-                            mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=tensor),
+                            mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=tensor, sequence=1),
                             train=dataclasses.replace(config.train, num_microbatches=microbatches),
                             model=dataclasses.replace(config.model, remat=remat) if remat else config.model,
                         )
@@ -89,7 +90,9 @@ def _powers(number: int) -> list[int]:
 def _search(make: Any, config: Any, topology: chips.Topology, command: Any) -> None:
     plans: list[tuple[str, Plan]] = []
     tried = 0
-    for candidate in candidates(config, len(topology.devices)):
+    if topology.num_slices > 1 and config.mesh.dcn_fsdp == 1:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, dcn_data=topology.num_slices))
+    for candidate in candidates(config, len(topology.devices) // topology.num_slices):
         if tried == command.compilations:
             break
         try:

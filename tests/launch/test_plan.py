@@ -16,7 +16,7 @@ from bert_flax.pretrain import batch_shapes, task_without_data
 from core_flax import cli
 from core_flax.config import MeshConfig, OptimizerConfig, TrainConfig
 from core_flax.types import UserError
-from launch.chips import CHIPS, GIB, Chip, Topology, parse_topology
+from launch.chips import CHIPS, GIB, Chip, Topology, parse_slices, parse_topology
 from launch.families import PRESETS, command_of, defaults, settings
 from launch.hlo import Collective, Work, _convolution_flops, read_work
 from launch.plan import _roofline, collective_seconds, make_plan, needed_bytes
@@ -134,6 +134,25 @@ ENTRY %main (x: f32[24,8], y: f32[24,8], n: s32[]) -> f32[24,8] {
     assert read_work(text).bytes == 2 * 4 * 8 + 4
 
 
+def test_what_slices_do_among_each_other_is_told_apart():
+    """As libtpu writes it: part of the devices' sums goes to the host, which has it added up over slices 1 and 2."""
+    text = """ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[8,128]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %gathered = bf16[8,128]{1,0} all-gather(%x), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+}"""
+    between, within = read_work(text).collectives
+    assert between == Collective("all-reduce", 2, 2 * 8 * 128, 1, slow=True)
+    assert (within.kind, within.group, within.slow) == ("all-gather", 4, False)
+    two = Topology("v5e:2x2x2-slices", [FakeTpu()] * 8, CHIPS["v5e"], (2, 2), 2)
+    # 6.4 Tbit/s for 256 chips; twice each half, as in any ring of two.
+    assert collective_seconds(between, two) == pytest.approx(2 * 2 * 8 * 128 / 2 / 3.125e9)
+
+
 def test_of_a_single_row_the_attention_kernel_has_no_dim_of_the_batch():
     text = """ENTRY %main (mask: s8[1,8,8]) -> f32[] {
   %mask = s8[1,8,8]{2,1,0} parameter(0)
@@ -233,6 +252,7 @@ def test_the_roofline_is_that_of_a_calculation_by_hand():
 
 @pytest.mark.parametrize("name", ["v5e:16x16", "v5p:4x4x8", "v6e:16x16", "v5e:4x4"])
 def test_topologies_are_known(name):
+    assert parse_slices(f"{name}x3-slices") == (name, 3) and parse_slices(name) == (name, 1)
     assert np.prod(parse_topology(name)[1]) == np.prod([int(size) for size in name.split(":")[1].split("x")])
     assert CHIPS[name.split(":")[0]].memory >= 16 * GIB
 
@@ -299,6 +319,14 @@ def test_language_models_have_the_batches_of_a_text_of_documents(name):
     text = SimpleNamespace(tokens_T=np.arange(2000) % 50, ends=np.array([1200, 2000]), counts_V=np.full(50, 40))
     made = next(lm_runs.make_task(config, text, None, 49).batches(0, range(config.train.batch_size)))
     assert shapes_of(made) == shapes_of(PRESETS[name].batch(config, 0))
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e:16x17", "v5e", "v9:2x2", "cpu:0", "v5e:16x16x0-slices", "v5e:2-slices", "v5e:3x2-slices", "gpu:8"]
+)
+def test_unknown_topologies_are_refused_with_a_list(name):
+    with pytest.raises(UserError, match=r"unknown topology '.*'; .* cpu:N, local, .* v5p: 2x2x1, .* 8x16x16"):
+        parse_topology(parse_slices(name)[0])
 
 
 def test_candidates_fill_the_devices():

@@ -28,6 +28,7 @@ def test_the_kernel_compiles_over_a_mesh(topology, mask, kv_heads, width, monkey
         "WORKER_HOSTNAMES": "localhost",
     }.items():
         monkeypatch.setenv(f"TPU_{name}", value)
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     mesh = sharding.make_mesh(MeshConfig(data=2, tensor=2), list(find(topology).devices))
 
     def array(dtype, *sizes, names):
