@@ -19,6 +19,7 @@ from bert_flax.runs import PretrainCommand
 from core_flax.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from core_flax.data.records import PassageStore
 from core_flax.program import make_program
+from core_flax.sharding import MESH_AXES
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
 
@@ -169,14 +170,5 @@ def attributes_read():
 
 @pytest.mark.parametrize("cls", [PretrainCommand, PrepareConfig, EvaluateCommand, FillMaskCommand])
 def test_every_setting_is_read(cls):
-    by_name = {
-        "fsdp",
-        "tensor",
-        "sequence",
-        "dcn_data",
-        "dcn_fsdp",
-        "beta1",
-        "beta2",
-        "epsilon",
-    }  # read through getattr; turned above
+    by_name = {*MESH_AXES, "beta1", "beta2", "epsilon"}  # read through getattr; turned above
     assert {path.rpartition(".")[2] for path in paths(cls)} - by_name <= attributes_read()

@@ -15,6 +15,7 @@ import core_flax
 import lm_flax
 from core_flax.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from core_flax.program import make_program
+from core_flax.sharding import MESH_AXES
 from core_flax.types import UserError
 from lm_flax.config import ConvRun, GPT2Run, InputsConfig, LlamaRun, LMConfig, LSTMRun, SpeedrunRun, check_rows
 from lm_flax.convolution import ConvConfig
@@ -177,5 +178,5 @@ def attributes_read():
     "cls", [*COMMANDS.values(), PrepareConfig, EvaluateCommand, GenerateCommand, ScoreCommand, LMConfig]
 )
 def test_every_setting_is_read(cls):
-    by_name = {"fsdp", "tensor", "beta1", "beta2", "epsilon"}  # read through getattr
+    by_name = {*MESH_AXES, "beta1", "beta2", "epsilon"}  # read through getattr
     assert {path.rpartition(".")[2] for path in paths(cls)} - by_name <= attributes_read()
