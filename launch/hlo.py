@@ -256,8 +256,11 @@ def _kernel_flops(home: Computation, each: Instruction) -> float:
         return 0.0
     read = [each for name in each.operands if name in home for each in arrays(home[name].type)]
     # Of a single row XLA drops the dim of the batch. Masks and numbers of sequences are integers.
-    queries, keys = [shape for kind, shape, _ in read if len(shape) >= 3 and "f" in kind][:2]
-    heads = [shape for _, shape, _ in arrays(each.type) if len(shape) >= 3 and shape[-2:] in (queries[-2:], keys[-2:])]
+    (kind, queries, _), (_, keys, _) = [each for each in read if len(each[1]) >= 3 and "f" in each[0]][:2]
+    ends, rank = (queries[-2:], keys[-2:]), len(queries)
+    # What it adds up in is among its results as well, of a block of one row in float32.
+    made = [each for each in arrays(each.type) if each[1][-2:] in ends]
+    heads = [shape for one, shape, _ in made if len(shape) > rank or (len(shape) == rank and one == kind)]
     products = 2 if phase[1] == "fwd" else 2 + len(heads)
     return 2.0 * products * math.prod(queries) * keys[-2]
 
