@@ -88,7 +88,7 @@ def _read(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         size = path.stat().st_size
         while file.tell() < size:
-            result = pickle.load(file)
+            result = pickle.load(file)  # from our own workers, in the folder that is being prepared: nobody else's
             if isinstance(result, UserError):
                 raise result
             yield result
