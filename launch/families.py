@@ -28,7 +28,7 @@ class PlanOptions:
     """Short for --train.batch-size."""
     search: bool = False
     """Try meshes, microbatches and remat policies, and show the best few that fit."""
-    compilations: int = 12
+    compilations: int = 20
     """With --search: how many to try; each takes from seconds to minutes."""
     explain_kernels: bool = False
     """Tell in which way attention is computed here, and why in no faster one."""

@@ -25,11 +25,12 @@ class OutOfMemoryError(Exception):
 
     Attributes:
       needed: bytes that it would take; None if it was not told.
+      compiled: whether it took a compilation to know; False: what the step is given is too large by itself.
     """
 
-    def __init__(self, text: str, needed: float | None) -> None:
+    def __init__(self, text: str, needed: float | None, compiled: bool = True) -> None:
         super().__init__(text)
-        self.needed = needed
+        self.needed, self.compiled = needed, compiled
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Memory:
 
     Attributes:
       params: parameters.
-      opt_state: state of the optimizer.
+      opt_state: state of the optimizer, the moving average of parameters, and what a model carries from row to row.
       batch: the batch.
       temporaries: activations, gradients and all else that lives within a step.
       program: the program itself, and what else the compiler adds to the arguments: padding of their layouts.
@@ -134,9 +135,12 @@ def make_plan(task: Task, config: RunConfig, batch: Mapping[str, Any], topology:
 
     Raises:
       UserError: settings that do not fit the devices or each other.
-      OutOfMemoryError: the compiler says that the memory does not suffice.
+      OutOfMemoryError: the memory does not suffice, as the compiler says, or for the state alone.
     """
     program = make_program(task, config, list(topology.devices))
+    state = _per_device(program.abstract_state)
+    if topology.chip.memory is not None and state > topology.chip.memory:
+        raise OutOfMemoryError("parameters and optimizer state", state, compiled=False)
     rows = sharding.batch_sharding(program.mesh)
     placed = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in batch.items()}
     compiled = _compile(program, placed)
@@ -185,7 +189,7 @@ def _per_device(tree: Any) -> float:
 
 def _memory(analysis: Any, program: Program, batch: Mapping[str, Any], topology: Topology) -> Memory:
     params = _per_device(program.abstract_state.params)
-    opt_state = _per_device(program.abstract_state.opt_state)
+    opt_state = _per_device(program.abstract_state) - params
     inputs = _per_device(dict(batch))
     extra = analysis.argument_size_in_bytes - params - opt_state - inputs
     # Outputs that take the place of arguments given up are not new.

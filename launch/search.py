@@ -1,6 +1,7 @@
 """``flax-launch plan``: one plan, or the best of many."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -41,15 +42,16 @@ def _one(make: Any, config: Any, topology: chips.Topology, command: Any) -> None
     try:
         found = make(config)
     except OutOfMemoryError as error:
-        raise UserError(_too_large(config, topology, error.needed)) from error
+        raise UserError(_too_large(config, topology, error)) from error
     print(json.dumps(report.as_json(found)) if command.json else "\n".join(report.lines(found, topology)))
     if found.fits is False:
-        raise UserError(_too_large(config, topology, found.memory.total))
+        raise UserError(_too_large(config, topology, OutOfMemoryError("", found.memory.total)))
 
 
-def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> str:
+def _too_large(config: Any, topology: chips.Topology, error: OutOfMemoryError) -> str:
     capacity = topology.chip.memory
-    size = "more than there is" if needed is None else f"{needed / chips.GIB:.1f} GiB"
+    size = "more than there is" if error.needed is None else f"{error.needed / chips.GIB:.1f} GiB"
+    what = "the step needs" if error.compiled else "parameters and optimizer state alone need"
     has = "" if capacity is None else f", which has {capacity / chips.GIB:.0f}"
     remedies = []
     slice_size = len(topology.devices) // topology.num_slices
@@ -59,24 +61,27 @@ def _too_large(config: Any, topology: chips.Topology, needed: float | None) -> s
     if _has_remat(config) and config.model.remat != "block":
         remedies.append("--model.remat block")
     remedies.append("a smaller --batch")
-    return f"out of memory: the step needs {size} on a device{has}; try {', '.join(remedies)}, or --search"
+    return f"out of memory: {what} {size} on a device{has}; try {', '.join(remedies)}, or --search"
 
 
 def candidates(config: Any, num_devices: int) -> Iterator[Any]:
-    """Settings to try on the devices of a slice, those that need the fewest collectives and the least work first."""
+    """Settings to try on the devices of a slice.
+
+    All splits of the parameters come first, with nothing else changed; then those with one change (another remat policy,
+    two microbatches, a tensor axis), then with two, so that a search that is cut short has seen some of each.
+    """
     fsdps = [ways for ways in _powers(num_devices) if ways in (1, 4, 16, 64, 256) or ways == num_devices]
-    remats = dict.fromkeys((config.model.remat, "none", "elementwise", "block")) if _has_remat(config) else (None,)
-    for tensor in (1, 2, 4, 8):
-        for remat in remats:
-            for microbatches in (1, 2, 4, 8):
-                for fsdp in fsdps:
-                    if fsdp * tensor <= num_devices:
-                        yield dataclasses.replace(
-                            config,
-                            mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=tensor, sequence=1),
-                            train=dataclasses.replace(config.train, num_microbatches=microbatches),
-                            model=dataclasses.replace(config.model, remat=remat) if remat else config.model,
-                        )
+    remats = [*dict.fromkeys((config.model.remat, "none", "elementwise", "block"))] if _has_remat(config) else [None]
+    changes = itertools.product(range(len(remats)), range(4), range(4))
+    for remat, microbatches, tensor in sorted(changes, key=sum):
+        for fsdp in fsdps:
+            if fsdp * 2**tensor <= num_devices:
+                yield dataclasses.replace(
+                    config,
+                    mesh=dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=2**tensor, sequence=1),
+                    train=dataclasses.replace(config.train, num_microbatches=2**microbatches),
+                    model=dataclasses.replace(config.model, remat=remats[remat]) if remats[remat] else config.model,
+                )
 
 
 def _has_remat(config: Any) -> bool:
@@ -95,16 +100,21 @@ def _search(make: Any, config: Any, topology: chips.Topology, command: Any) -> N
     for candidate in candidates(config, len(topology.devices) // topology.num_slices):
         if tried == command.compilations:
             break
+        remat = candidate.model.remat if _has_remat(candidate) else "-"
         try:
             found = make(candidate)
         except UserError:
             continue  # such a mesh cannot be
-        except OutOfMemoryError:
-            tried += 1
+        except OutOfMemoryError as error:
+            tried += error.compiled
+            if error.compiled:
+                _tell(f"{tried}/{command.compilations}: {_settings(candidate, remat)}: does not fit")
             continue
         tried += 1
+        row = report.table([(remat, found)])[1]
+        _tell(f"{tried}/{command.compilations}: {row}{' does not fit' * (found.fits is False)}")
         if found.fits is not False:
-            plans.append((candidate.model.remat if _has_remat(candidate) else "-", found))
+            plans.append((remat, found))
     if not plans:
         raise UserError(
             f"none of {tried} settings tried fits; try a larger topology, a smaller --batch or more --compilations"
@@ -114,3 +124,12 @@ def _search(make: Any, config: Any, topology: chips.Topology, command: Any) -> N
         print(json.dumps([report.as_json(found) | {"remat": remat} for remat, found in best]))
     else:
         print("\n".join([f"{tried} tried, {len(plans)} fit", *report.table(best)]))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _settings(config: Any, remat: str) -> str:
+    mesh, train = config.mesh, config.train
+    return f"fsdp={mesh.fsdp} x tensor={mesh.tensor}, {train.num_microbatches} microbatches, remat {remat}"

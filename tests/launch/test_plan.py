@@ -333,18 +333,51 @@ def test_candidates_fill_the_devices():
     tried = list(candidates(CONFIG, 16))
     assert len({dataclasses.astuple(each) for each in tried}) == len(tried)
     assert all(16 % (each.mesh.fsdp * each.mesh.tensor) == 0 for each in tried)
+    first = tried[:11]  # nothing or one thing changed
+    assert [each.mesh.fsdp for each in first[:3]] == [1, 4, 16]
+    assert {each.train.num_microbatches for each in first} == {each.mesh.tensor for each in first} == {1, 2}
+    assert {each.model.remat for each in first} == {"none", "elementwise"}
+
+
+ONE_LAYER = ["--model.num-layers=1", "--model.width=32", "--model.num-heads=4", "--model.mlp-width=64"]
+SHORT = ["--inputs.length=32", "--inputs.max-predictions=4", "--inputs.long-from-step=None", "--batch=8"]
+
+
+def test_a_search_tells_what_it_tries_and_then_the_best(capsys):
+    from launch.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "bert_tiny", "--topology=cpu:4", *ONE_LAYER, *SHORT, "--search", "--compilations=2"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0
+    assert [line.split(":")[0] for line in err.splitlines()] == ["1/2", "2/2"]
+    assert out.splitlines()[0] == "2 tried, 2 fit"
+    assert sorted(line.split()[:3] for line in out.splitlines()[2:]) == [
+        ["data=1", "x", "fsdp=4"],
+        ["data=4", "1", "elementwise"],
+    ]
+
+
+def test_a_state_that_is_too_large_is_told_without_compiling(monkeypatch, capsys):
+    """A search does not count it, and a plan says that more rows or recomputing would not help."""
+    from launch import chips, plan
+    from launch.cli import main
+
+    small = Topology("cpu:4", jax.devices()[:4], Chip(memory=1e3))
+    monkeypatch.setattr(chips, "find", lambda name: small)
+    monkeypatch.setattr(plan, "_compile", lambda *args: pytest.fail("compiled"))
+    for options, told in (([], "parameters and optimizer state alone need"), (["--search"], "none of 0 settings")):
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", "bert_tiny", "--topology=cpu:4", *ONE_LAYER, *SHORT, *options])
+        assert stop.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_the_command_prints_a_plan(capsys):
     """On the devices of this process, which are four."""
     from launch.cli import main
 
-    sizes = ["--model.num-layers", "1", "--model.width", "32", "--model.num-heads", "4", "--model.mlp-width", "64"]
-    shape = ["--inputs.length", "32", "--inputs.max-predictions", "4", "--inputs.long-from-step", "None"]
     with pytest.raises(SystemExit) as stop:
-        main(
-            ["plan", "bert_tiny", "--topology", "cpu:4", *sizes, *shape, "--batch", "8", "--mesh.tensor", "2", "--json"]
-        )
+        main(["plan", "bert_tiny", "--topology=cpu:4", *ONE_LAYER, *SHORT, "--mesh.tensor=2", "--json"])
     out, err = capsys.readouterr()
     assert (stop.value.code, err) == (0, "")
     told = json.loads(out)
