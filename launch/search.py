@@ -67,8 +67,8 @@ def _too_large(config: Any, topology: chips.Topology, error: OutOfMemoryError) -
 def candidates(config: Any, num_devices: int) -> Iterator[Any]:
     """Settings to try on the devices of a slice.
 
-    All splits of the parameters come first, with nothing else changed; then those with one change (another remat policy,
-    two microbatches, a tensor axis), then with two, so that a search that is cut short has seen some of each.
+    All splits of the parameters come first, with nothing else changed; then those with one change (another remat
+    policy, two microbatches, a tensor axis), then with two, so that a search that is cut short has seen some of each.
     """
     fsdps = [ways for ways in _powers(num_devices) if ways in (1, 4, 16, 64, 256) or ways == num_devices]
     remats = [*dict.fromkeys((config.model.remat, "none", "elementwise", "block"))] if _has_remat(config) else [None]
