@@ -198,11 +198,11 @@ def recipes_tried(options: argparse.Namespace, task: Task, shared: Recipe) -> li
     return found
 
 
-def compare(task: Task, runs: dict[str, Lines]) -> list[dict[str, Any]]:
+def compare(task: Task, runs: dict[str, Lines], num_seeds: int) -> list[dict[str, Any]]:
     """A task's figures: mean and standard deviation over seeds, ours and theirs, and whether ours is as good.
 
-    It is if its mean is not lower than theirs by more than one standard deviation of a seed, of which both sides give
-    an estimate: the root of the mean of their variances. None as long as a run is missing, or there is one seed.
+    It is if its mean is not lower than theirs by more than one standard deviation of a seed, as the sides that have
+    several estimate it: the root of the mean of their variances. None as long as a run of ours is missing.
     """
     rows = []
     for ours_name, theirs_name in task.metrics.items():
@@ -211,8 +211,9 @@ def compare(task: Task, runs: dict[str, Lines]) -> list[dict[str, Any]]:
         means = {side: statistics.fmean(each) if each else None for side, each in values.items()}
         deviations = {side: statistics.stdev(each) if len(each) > 1 else None for side, each in values.items()}
         verdict = None
-        if len(values["ours"]) == len(values["torch"]) > 1:
-            deviation = (statistics.fmean(deviation**2 for deviation in deviations.values())) ** 0.5
+        if len(values["ours"]) == num_seeds > 1 and values["torch"]:
+            known = [deviation for deviation in deviations.values() if deviation is not None]
+            deviation = statistics.fmean(deviation**2 for deviation in known) ** 0.5
             verdict = means["ours"] >= means["torch"] - deviation
         rows.append({"task": task.name, "metric": ours_name, "values": values, "mean": means, "deviation": deviations})
         rows[-1]["at_least_equal_within_one_deviation"] = verdict
@@ -228,12 +229,12 @@ def report(options: argparse.Namespace, tasks: list[Task]) -> None:
             side: [line for seed in options.seeds if (line := look(options, task, seed, shared))]
             for side, look in (("ours", find), ("torch", find_theirs))
         }
-        same += [{**row, "seconds": seconds(runs)} for row in compare(task, runs)]
+        same += [{**row, "seconds": seconds(runs)} for row in compare(task, runs, len(options.seeds))]
         lines += [{"side": side, **cleaned(line)} for side, each in runs.items() for line in each]
         for recipe in recipes_tried(options, task, shared):
             own = [line for seed in options.seeds if (line := find(options, task, seed, recipe))]
             about = {"recipe": recipe.options, "after_mnli": recipe.after_mnli, "seconds": seconds({"ours": own})}
-            tried += [{**row, **about} for row in compare(task, {"ours": own, "torch": []})]
+            tried += [{**row, **about} for row in compare(task, {"ours": own, "torch": []}, len(options.seeds))]
             lines += [{"side": "ours", **cleaned(line)} for line in own]
     if not lines:
         sys.exit(f"{options.workdir} holds no complete run")
@@ -280,8 +281,9 @@ def markdown(options: argparse.Namespace, study: Study, same: Lines, tried: Line
     text += [
         "Per cent (correlations times 100), mean and standard deviation over the seeds, on the whole dev set after the",
         "last epoch, for ours too, although it keeps the best checkpoint. *Within one sd*: our mean is not below",
-        "torch's by more than the standard deviation of a seed, the root of the mean of both variances. A run of ours",
-        "is the whole command: start, compilation and evaluations included; torch's does without its imports.",
+        "torch's by more than the standard deviation of a seed: the root of the mean of both variances, or ours where",
+        "torch has one seed. A run of ours is the whole command: start, compilation and evaluations included; torch's",
+        "does without its imports.",
         "Interrupted runs count in the figures and not in the seconds.",
         "",
         *better(options, study, same, tried),
