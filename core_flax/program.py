@@ -51,7 +51,8 @@ def make_program(task: Task, config: RunConfig, devices: list[Any] | None = None
     optimizer = make_optimizer(config.optimizer, schedule, task.param_rules)
 
     def init(key: Any) -> TrainState:
-        with kernels.telling(None):  # of the row or so that parameters are made with
+        # Of the row or so that parameters are made with nothing is told, and none of it is split.
+        with kernels.telling(None), sharding.no_mesh():
             params = task.init(key)
         carry = task.carry() if task.carry else None
         ema = None if config.train.ema_decay is None else params

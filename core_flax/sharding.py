@@ -5,6 +5,7 @@ and the table below says over which axes of the mesh each is split. Modules thus
 in a program without a mesh, or with a mesh of other axes.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from core_flax.config import MeshConfig
 from core_flax.params import ParamRule, leaves, map_rules, path_of
@@ -131,6 +132,11 @@ def constrain(x: Array, *names: str) -> Array:
         else:
             check_divides("the length of rows", length, "sequence", mesh)
     return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+    """A context in which activations are placed nowhere: of what is not a batch, and too small to be split."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
 def check_divides(

@@ -321,6 +321,18 @@ def test_a_length_that_does_not_divide_is_refused(name, changes, said):
         make_program(family.task(config), config, jax.devices()[:4])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameters_are_made_where_rows_are_split(name):
+    """From a row that is shorter than there are devices; as they are made on one."""
+    config, family = FAMILIES[name]
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, sequence=4))
+    program = make_program(family.task(config), config, jax.devices()[:4])
+    with jax.set_mesh(program.mesh):
+        lowered: Any = program.init
+        text = lowered.lower(jax.random.key(0)).as_text()
+    assert "sharding_constraint" not in text and "@Sharding" not in text
+
+
 def test_a_model_that_reads_along_the_length_cannot_have_it_split():
     config = PRESETS["lstm_small"].presets["lstm_small"]()
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, sequence=4))
