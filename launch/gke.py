@@ -69,7 +69,7 @@ def make_job(options: GkeCommand, argv: Sequence[str]) -> Job:
     pod = _pod(options, argv, selector, min(per_node, math.prod(shape)))
     manifest = _jobset(options, pod, hosts)
     file = f"{options.name}.jobset.json"
-    return Job(file, json.dumps(manifest, indent=2) + "\n", (("kubectl", "apply", "--filename", file),))
+    return Job(file, json.dumps(manifest, indent=2) + "\n", ("kubectl", "apply", "--filename"))
 
 
 def _pod(options: GkeCommand, argv: Sequence[str], selector: dict[str, str], chips: int) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """What all schedulers need of a job, and how it is written and submitted."""
 
+import os
 import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,38 +38,33 @@ class Job:
     Attributes:
       file: name of the file that describes it.
       content: what is in it.
-      commands: what is run, one after another, in the folder of the file.
+      command: what is run; the file's path is its last argument.
     """
 
     file: str
     content: str
-    commands: tuple[tuple[str, ...], ...]
+    command: tuple[str, ...]
 
 
 def submit(job: Job, options: JobOptions) -> None:
-    """Writes the job's file and runs its commands, or prints all that with ``--dry-run``.
+    """Writes the job's file and becomes the command that takes it, or prints both with ``--dry-run``.
 
     Raises:
-      UserError: the file cannot be written, a program is not installed, or it failed.
+      UserError: the file cannot be written, or the program is not installed.
     """
     path = Path(options.output) / job.file
+    command = (*job.command, str(path))
     if options.dry_run:
-        print(f"# {path}\n{job.content}\n# commands, in {options.output}")
-        print("\n".join(shlex.join(command) for command in job.commands))
+        print(f"# {path}\n{job.content}\n# command\n{shlex.join(command)}")
         return
     with storage.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(job.content, encoding="utf-8")
-    print(f"wrote {path}", flush=True)
-    for command in job.commands:
-        _run(command, path.parent)
-
-
-def _run(command: Sequence[str], folder: Path) -> None:
-    print(shlex.join(command), file=sys.stderr, flush=True)
+    print(f"wrote {path}\n{shlex.join(command)}", flush=True)
+    # In our place: a signal reaches it alone, which may have to save and to give machines back, and its exit status is
+    # ours. Python ignores SIGPIPE, which would be handed on.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        done = subprocess.run(command, cwd=folder, check=False)
+        os.execvp(command[0], command)
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not installed here; run this where it is, or see --dry-run") from error
-    if done.returncode:
-        raise UserError(f"{shlex.join(command)} failed with exit status {done.returncode}")

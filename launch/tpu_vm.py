@@ -18,6 +18,8 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 """TPU version -> software of its VMs. cloud.google.com/tpu/docs/runtimes."""
+SAVING_SECONDS = 120
+"""How long processes that a lost connection has left may take to save before a new one is started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class TpuVmCommand(JobOptions):
 def make_job(options: TpuVmCommand, argv: Sequence[str]) -> Job:
     """The script, and the command that runs it."""
     file = f"{options.name}.tpu.sh"
-    return Job(file, "\n".join([*_head(options, argv), *_LOOP, ""]), (("bash", file),))
+    return Job(file, "\n".join([*_head(options, argv), *_LOOP, ""]), ("bash",))
 
 
 def accelerator_type(topology: str) -> str:
@@ -75,46 +77,63 @@ def _head(options: TpuVmCommand, argv: Sequence[str]) -> list[str]:
         f"--runtime-version={options.runtime_version or RUNTIMES[kind]}",
         *(["--spot"] if options.spot else []),
     ]
-    # The process is the one whose number is noted, so that it can be told to save.
-    start = f"echo $$ > ~/.{options.name}.pid && exec {shlex.join(argv)}"
-    remote = f"{options.setup} && {start}" if options.setup else start
+    pid = f"~/.{options.name}.pid"  # of the process itself, so that it can be told to save
+    remote = " && ".join([f"echo $$ > {pid}", *filter(None, [options.setup]), f"exec {shlex.join(argv)}"])
     return [
         "#!/bin/bash",
         f"name={shlex.quote(options.name)}",
         f"place=({shlex.join(place)})",
         f"create=({shlex.join(create)})",
-        f"command={shlex.quote(remote)}",
+        f"command={shlex.quote(f'{_end(pid)}; {remote}')}",
         f"restarts={options.max_restarts}",
     ]
 
 
+def _end(pid: str) -> str:
+    """Shell that lets a process of before, which a lost connection has left, save and end."""
+    gone = "kill -0 $old 2>/dev/null || break; sleep 1"
+    wait = f"for i in $(seq {SAVING_SECONDS}); do {gone}; done; kill -KILL $old 2>/dev/null"
+    return f"old=$(cat {pid} 2>/dev/null) && kill -TERM $old 2>/dev/null && {{ {wait}; }}"
+
+
 _LOOP = r"""
+stopped= running= status=1 errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
 queue() { gcloud compute tpus queued-resources "$1" "$name" "${place[@]}" "${@:2}"; }
-state() { queue describe --format='value(state.state)' 2>/dev/null; }
+# What has become of the slice: NONE if there is none, UNKNOWN if that cannot be told.
+state() {
+  queue describe --format='value(state.state)' 2>"$errors" && return
+  if grep -q NOT_FOUND "$errors"; then echo NONE; else cat "$errors" >&2; echo UNKNOWN; fi
+}
+ask() { queue create "${create[@]}" || { [ -z "$stopped" ] || give_back; exit 1; }; }
 give_back() { queue delete --force --quiet; }
 tell() { gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"; }
-# Told to stop: so are the processes, which save; the loop below then ends.
-trap 'stopped=1; tell "kill -TERM \$(cat ~/.$name.pid)"' TERM INT
+# Told to stop: so are the processes, which save; then the slice is given back.
+trap 'stopped=1; [ -z "$running" ] || tell "kill -TERM \$(cat ~/.$name.pid)"' TERM INT
 
 for ((attempt = 0; attempt <= restarts; attempt++)); do
   case "$(state)" in
-    ACTIVE) ;;
-    "") queue create "${create[@]}" || exit 1 ;;
-    SUSPENDING|SUSPENDED|FAILED) give_back && queue create "${create[@]}" || exit 1 ;;
+    NONE) ask ;;
+    SUSPENDING|SUSPENDED|FAILED) give_back && ask || exit 1 ;;
+    UNKNOWN) [ "$attempt$stopped" != 0 ] || exit 1 ;;
   esac
-  until [ "$(state)" = ACTIVE ]; do
-    case "$(state)" in FAILED|SUSPENDED) continue 2 ;; esac
-    sleep 30 & wait $!
+  while now=$(state); [ -n "$stopped" ] || [ "$now" != ACTIVE ]; do
     [ -z "$stopped" ] || { give_back; exit 75; }
+    case $now in NONE|FAILED|SUSPENDED) continue 2 ;; esac
+    sleep 30 & wait $!
   done
-  tell "$command" & wait $!
+  running=1
+  set -m  # in a group of its own, which Ctrl-C does not reach: it is to end by itself
+  tell "$command" </dev/null &
+  set +m
+  wait $!
   status=$?
   [ -z "$stopped" ] || { wait; give_back; exit 75; }
+  running=
   case $status in
     0|1|2|70) give_back; exit $status ;;  # done, or a mistake that would be made again
   esac
   echo "$name: ended with status $status; starting again" >&2
-  tell "kill -KILL \$(cat ~/.$name.pid)"  # what is left of it on the other workers
 done
 give_back
 exit "$status"
