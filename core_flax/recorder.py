@@ -162,10 +162,11 @@ class Recorder:
         Parameters are looked at here and not at every step: one that is not finite shows in the next step's loss.
         """
         self.flush()
-        self._file.sync()
-        if self._board:
-            self._board.sync()
-        bad = first_bad_parameter(self._abstract_params, self._squares(params))
+        with self.pause("saving"):
+            self._file.sync()
+            if self._board:
+                self._board.sync()
+            bad = first_bad_parameter(self._abstract_params, self._squares(params))
         if bad:
             self._fail(f"step {step}: {bad} itself is")
         self._saved = step
