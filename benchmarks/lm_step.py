@@ -1,7 +1,7 @@
 """Time a training step of ours against nanoGPT's model in torch: the same sizes, AdamW, clipping, no dropout.
 
     python benchmarks/lm_step.py --preset char_small --batch 12 --length 64 --steps 50
-    python benchmarks/lm_step.py --preset gpt2 --batch 1 --length 512 --steps 4
+    python benchmarks/lm_step.py --preset gpt2 --batch 1 --length 512 --steps 4 --chunks 2 --remat none
 
 Each runs in a process of its own and waits while the other works; they take turns in blocks of steps, and the medians
 over blocks are compared (see contest.py). float32 on a CPU; with a GPU bfloat16 (theirs: autocast and torch.compile),
@@ -39,6 +39,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="char_small", choices=PRESETS)
     parser.add_argument("--batch", type=int, default=12, help="sequences per step")
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
+    parser.add_argument("--chunks", type=int, help="our --loss.num-chunks; default: the preset's, for its own batch")
+    parser.add_argument("--remat", help="our --model.remat; default: the preset's, for its own batch")
+    parser.add_argument("--unroll", type=int, help="our --model.unroll; default: the device's")
     parser.add_argument("--blocks", type=int, default=9, help="turns each takes")
     parser.add_argument("--steps", type=int, default=20, help="steps per turn")
     parser.add_argument("--warmup", type=int, default=5, help="steps of each that do not count")
@@ -54,9 +57,11 @@ def preset_of(options: argparse.Namespace):
     from lm_flax.presets import PRESETS as ALL
 
     config = ALL[options.preset]()
+    sizes = {"max_length": options.length, "unroll": options.unroll, "remat": options.remat or config.model.remat}
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0, max_length=options.length),
+        model=dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0, **sizes),
+        loss=dataclasses.replace(config.loss, num_chunks=options.chunks or config.loss.num_chunks),
         inputs=dataclasses.replace(config.inputs, length=options.length, packing="stream"),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, beta2=BETA2, weight_decay=DECAY, clip_norm=CLIP),
         schedule=ScheduleConfig("constant"),
