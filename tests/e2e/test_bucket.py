@@ -1,5 +1,7 @@
 """Runs whose workdir is a bucket: by gcsfs and TensorStore as they come, before a server of the tests' own."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -9,6 +11,7 @@ import time
 from importlib.util import find_spec
 
 import fake_gcs
+import numpy as np
 import pytest
 from conftest import Process
 from small_tasks import arguments, in_a_hurry, right
@@ -16,9 +19,12 @@ from small_tasks import arguments, in_a_hurry, right
 from core_flax import lease, storage
 from core_flax.checkpoint import list_steps
 from core_flax.lock import only_writer
+from core_flax.params import leaves
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import UserError
 from lm_flax import tokenizers
+from seq2seq_flax.cli import main as translate
+from seq2seq_flax.runs import load_run
 
 needs_gcsfs = pytest.mark.skipif(find_spec("gcsfs") is None, reason="gcsfs is not installed: the extra [gcs]")
 RUN = "gs://bucket/runs/one"
@@ -103,6 +109,65 @@ def test_two_processes_fine_tune_in_a_bucket_as_one_does_on_a_disk(bucket, mrpc,
         for each in (home, mrpc[0] / "seed-0")
     ]
     assert said[0] == said[1]
+
+
+TRANSLATOR = {  # without dropout and Adam, being less to compile
+    "model.num-layers": 1,
+    "model.width": 16,
+    "model.num-heads": 2,
+    "model.mlp-width": 32,
+    "model.dropout": 0.0,
+    "model.attention-dropout": 0.0,
+    "model.remat": "none",
+    "inputs.row-length": 96,
+    "optimizer.name": "sgd",
+    "optimizer.learning-rate": 0.1,
+    "optimizer.weight-decay": 0.0,
+    "schedule.warmup-steps": 2,
+    "train.batch-size": 4,
+    "train.eval-every-steps": 0,
+    "checkpoint.every-steps": 2,
+    "log.every-steps": 1,
+}
+
+
+def seq2seq_flax(*argv):
+    """In this process, on four devices; what it prints."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        translate([str(argument) for argument in argv])
+    assert (stop.value.code, err.getvalue()) == (0, ""), err.getvalue()
+    return out.getvalue()
+
+
+@needs_gcsfs
+def test_a_translator_is_trained_in_a_bucket_as_on_a_disk(bucket, corpus, tmp_path):
+    """Stopped, gone on with and averaged: what is written and read again is the same."""
+    lines = corpus.read_text().strip().replace("\n\n", " ").split(". ")
+    for side, words in ("source", lines), ("target", [" ".join(line.split()[::-1]) for line in lines]):
+        (tmp_path / side).write_text("\n".join(words) + "\n")
+    data, local = tmp_path / "data", tmp_path / "run"
+    files = tmp_path / "source", tmp_path / "target"
+    seq2seq_flax("prepare", "--train", *files, "--output", data, "--vocab-size", 80)
+    settings = [f"--data={data}", "--log.no-tensorboard", *(f"--{name}={value}" for name, value in TRANSLATOR.items())]
+    said = ""
+    with in_a_hurry():
+        for workdir, num_steps in (RUN, 4), (RUN, 6), (local, 6):
+            command = ["train", "transformer_tiny", f"--workdir={workdir}", f"--train.num-steps={num_steps}"]
+            said += seq2seq_flax(*command, *settings)
+        assert said.count("starts: ") == 2 and said.count("resumes at step 4: ") == 1
+        names = {name.removeprefix("runs/one/").partition("/")[0] for name in bucket.objects}
+        assert names == {"config.json", "tokenizer.model", "metrics.jsonl", "checkpoints"}
+        found, expected = losses(text_of(bucket, "metrics.jsonl")), losses((local / "metrics.jsonl").read_text())
+        assert list(found) == [1, 2, 3, 4, 5, 6] and found == pytest.approx(expected, abs=1e-5)
+    averaged = []
+    for workdir in RUN, str(local):
+        seq2seq_flax("average", "--workdir", workdir, "--last", 2)
+        run, tokenizer = load_run(f"{workdir}/averaged-2")  # as whatever translates begins
+        assert (run.data, tokenizer.num_tokens) == (data, 80)
+        averaged.append(dict(leaves(run.params()[0])))
+    for name, array in averaged[1].items():
+        np.testing.assert_allclose(averaged[0][name], array, rtol=0, atol=1e-5, err_msg=name)
 
 
 @needs_gcsfs
