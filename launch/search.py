@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from core_flax import kernels
+from core_flax.config import check_range
 from core_flax.types import UserError
 from launch import chips, report
 from launch.families import PRESETS, settings
@@ -20,6 +22,7 @@ def plan(name: str, command: Any) -> None:
     Raises:
       UserError: it does not fit (with what would help), or settings do not fit each other or the devices.
     """
+    check_range("", command, "compilations", least=1)
     topology = chips.find(command.topology)
     config = settings(name, command, topology.is_cpu)
     family = PRESETS[name]
@@ -53,15 +56,26 @@ def _too_large(config: Any, topology: chips.Topology, error: OutOfMemoryError) -
     size = "more than there is" if error.needed is None else f"{error.needed / chips.GIB:.1f} GiB"
     what = "the step needs" if error.compiled else "parameters and optimizer state alone need"
     has = "" if capacity is None else f", which has {capacity / chips.GIB:.0f}"
-    remedies = []
-    slice_size = len(topology.devices) // topology.num_slices
-    if config.mesh.fsdp < slice_size:
-        remedies.append(f"--mesh.fsdp {min(slice_size, max(2, 4 * config.mesh.fsdp))}")
-    remedies.append(f"--train.num-microbatches {2 * config.train.num_microbatches}")
-    if _has_remat(config) and config.model.remat != "block":
-        remedies.append("--model.remat block")
-    remedies.append("a smaller --batch")
-    return f"out of memory: {what} {size} on a device{has}; try {', '.join(remedies)}, or --search"
+    return f"out of memory: {what} {size} on a device{has}; try {', '.join(_remedies(config, topology, error))}"
+
+
+def _remedies(config: Any, topology: chips.Topology, error: OutOfMemoryError) -> list[str]:
+    """What would help; fewer rows at a time or computing again do nothing for a state that is too large by itself."""
+    fsdp, slice_size = config.mesh.fsdp, len(topology.devices) // topology.num_slices
+    if not error.compiled:
+        assert error.needed and topology.chip.memory
+        if error.needed * fsdp / slice_size > topology.chip.memory:
+            return ["a larger topology"]
+        # Half of the memory at most, so that there is room for a step.
+        ways = fsdp * 2 ** math.ceil(math.log2(2 * error.needed / topology.chip.memory))
+        return [f"--mesh.fsdp {min(slice_size, ways)}", "or a larger topology"]
+    return [
+        *([f"--mesh.fsdp {min(slice_size, max(2, 4 * fsdp))}"] if fsdp < slice_size else []),
+        f"--train.num-microbatches {2 * config.train.num_microbatches}",
+        *(["--model.remat block"] if _has_remat(config) and config.model.remat != "block" else []),
+        "a smaller --batch",
+        "or --search",
+    ]
 
 
 def candidates(config: Any, num_devices: int) -> Iterator[Any]:

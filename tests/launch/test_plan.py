@@ -17,11 +17,13 @@ from core_flax import cli
 from core_flax.config import MeshConfig, OptimizerConfig, TrainConfig
 from core_flax.types import UserError
 from launch.chips import CHIPS, GIB, Chip, Topology, parse_slices, parse_topology
+from launch.cli import main
 from launch.families import PRESETS, command_of, defaults, settings
 from launch.hlo import Collective, Work, _convolution_flops, read_work
-from launch.plan import _roofline, collective_seconds, make_plan, needed_bytes
-from launch.search import candidates
+from launch.plan import OutOfMemoryError, _roofline, collective_seconds, make_plan, needed_bytes
+from launch.search import _too_large, candidates
 from lm_flax import runs as lm_runs
+from lm_flax.config import GPT2Run
 from seq2seq_flax.batches import PairBatches
 
 N, B, D, WAYS = 20, 16, 32, 4
@@ -344,8 +346,6 @@ SHORT = ["--inputs.length=32", "--inputs.max-predictions=4", "--inputs.long-from
 
 
 def test_a_search_tells_what_it_tries_and_then_the_best(capsys):
-    from launch.cli import main
-
     with pytest.raises(SystemExit) as stop:
         main(["plan", "bert_tiny", "--topology=cpu:4", *ONE_LAYER, *SHORT, "--search", "--compilations=2"])
     out, err = capsys.readouterr()
@@ -361,7 +361,6 @@ def test_a_search_tells_what_it_tries_and_then_the_best(capsys):
 def test_a_state_that_is_too_large_is_told_without_compiling(monkeypatch, capsys):
     """A search does not count it, and a plan says that more rows or recomputing would not help."""
     from launch import chips, plan
-    from launch.cli import main
 
     small = Topology("cpu:4", jax.devices()[:4], Chip(memory=1e3))
     monkeypatch.setattr(chips, "find", lambda name: small)
@@ -369,13 +368,38 @@ def test_a_state_that_is_too_large_is_told_without_compiling(monkeypatch, capsys
     for options, told in (([], "parameters and optimizer state alone need"), (["--search"], "none of 0 settings")):
         with pytest.raises(SystemExit) as stop:
             main(["plan", "bert_tiny", "--topology=cpu:4", *ONE_LAYER, *SHORT, *options])
-        assert stop.value.code == 2 and told in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and told in err
+        assert not any(each in err for each in ("microbatches", "remat", "--batch")) or options
+
+
+def test_a_state_that_is_too_large_is_to_be_split_so_that_there_is_room_for_a_step():
+    """75.3 GiB on devices of 16 are 9.4 times half of it; four devices cannot do that."""
+    config, error = GPT2Run(), OutOfMemoryError("", 75.3 * GIB, compiled=False)
+    for devices, remedies in (
+        (32, "--mesh.fsdp 16, or a larger topology"),
+        (8, "--mesh.fsdp 8, or a larger topology"),
+        (4, "a larger topology"),
+    ):
+        topology = Topology("", [None] * devices, Chip(memory=16 * GIB))
+        assert _too_large(config, topology, error).endswith(f"need 75.3 GiB on a device, which has 16; try {remedies}")
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (["--batch=8", "--train.batch-size=8"], "--batch is short for --train.batch-size; give one of them"),
+        (["--search", "--compilations=0"], "--compilations 0: must be 1 or more"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(capsys, options, wrong):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "bert_tiny", "--topology=cpu:4", *options])
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"flax-launch: error: {wrong}\n")
 
 
 def test_the_command_prints_a_plan(capsys):
     """On the devices of this process, which are four."""
-    from launch.cli import main
-
     with pytest.raises(SystemExit) as stop:
         main(["plan", "bert_tiny", "--topology=cpu:4", *ONE_LAYER, *SHORT, "--mesh.tensor=2", "--json"])
     out, err = capsys.readouterr()
