@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from core_flax import kernels, sharding
+from core_flax import hardware, kernels, sharding
 from core_flax.cache import KeyValueCache
 from core_flax.kernels import Mask
 from core_flax.layers import Dropout, Linear, Weights, linear
@@ -62,7 +62,8 @@ def dot_product_attention(
     probs_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(q_BLHK.dtype)
     if dropout is not None:
         probs_BHLM = dropout(probs_BHLM)
-    mixed_BHLK = jnp.einsum("BHLM,BMHK->BHLK", probs_BHLM, v_BMHK)
+    out = jnp.float32 if hardware.platform() == "cpu" else None  # as in layers.linear
+    mixed_BHLK = jnp.einsum("BHLM,BMHK->BHLK", probs_BHLM, v_BMHK, preferred_element_type=out).astype(q_BLHK.dtype)
     if shape[0] != len(k_BMHK):
         # Else XLA folds what follows into the product, which on a CPU then takes ten times as long.
         mixed_BHLK = jax.lax.optimization_barrier(mixed_BHLK)

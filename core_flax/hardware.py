@@ -52,6 +52,12 @@ def peak_flops(device_kind: str) -> float | None:
     return None
 
 
+def platform() -> str:
+    """Where the program that is being traced will run: on the mesh's devices, which need not be this machine's."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def compute_dtype(name: str) -> jnp.dtype:
     """The type of TrainConfig.compute_dtype: "auto" is bfloat16 where matrix units have it, float32 on a CPU."""
     if name == "auto":

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from core_flax import sharding
+from core_flax import hardware, sharding
 from core_flax.types import Array
 
 RESIDUALS = "attention_residuals"
@@ -56,7 +56,7 @@ class Mask:
 
     def for_layers(self, length: int, memory: int) -> "Mask":
         """For use in a loop over layers: on a CPU, where the plain way is taken, the array, computed once for all."""
-        if _platform() != "cpu":
+        if hardware.platform() != "cpu":
             return self
         return dataclasses.replace(self, array_BHLM=self.array(length, memory))
 
@@ -130,7 +130,7 @@ class Kernel:
 def choose(q_BLHK: Array, k_BMGK: Array, mask: Mask, dropout: bool) -> Kernel | None:
     """The ablest kernel that honours all that is asked; None: the plain way. Tells it where ``telling`` listens."""
     call = Call(
-        platform=_platform(),
+        platform=hardware.platform(),
         batch_size=q_BLHK.shape[0],
         length=q_BLHK.shape[1],
         memory=k_BMGK.shape[1],
@@ -181,12 +181,6 @@ def explained(wanted: bool) -> contextlib.AbstractContextManager[None]:
 def _tell(call: Call, name: str, reasons: list[str]) -> None:
     if listener := _listener.get():
         listener(f"{call}: {name}" + (f" ({'; '.join(reasons)})" if reasons else ""))
-
-
-def _platform() -> str:
-    """Where the program that is being traced will run: on the mesh's devices, which need not be this machine's."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
 
 
 def _does_not_divide(call: Call) -> str | None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from core_flax import sharding
+from core_flax import hardware, sharding
 from core_flax.kernels import RESIDUALS
 from core_flax.types import Array, Params
 
@@ -68,9 +69,40 @@ class Linear(Weights):
 
 def linear(x: Array, kernel: Array, bias: Array | None = None, num_inputs: int = 1) -> Array:
     """x [..., *inputs] times kernel [*inputs, *features], plus bias [*features] if any, in the kernel's type."""
-    dims = tuple(range(x.ndim - num_inputs, x.ndim))
-    y = jax.lax.dot_general(x.astype(kernel.dtype), kernel, ((dims, tuple(range(num_inputs))), ((), ())))
+    on_cpu = kernel.dtype == jnp.bfloat16 and hardware.platform() == "cpu"
+    y = (_product_on_cpu if on_cpu else _product)(x.astype(kernel.dtype), kernel, num_inputs)
     return y if bias is None else y + bias
+
+
+def _product(x: Array, kernel: Array, num_inputs: int, out: jnp.dtype | None = None) -> Array:
+    dims = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+    return jax.lax.dot_general(x, kernel, (dims, ((), ())), preferred_element_type=out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_on_cpu(x: Array, kernel: Array, num_inputs: int) -> Array:
+    """The product in bfloat16 by the CPU's own instructions (AVX512-BF16, AMX), which take half the time of float32's.
+
+    XLA has them for results in float32 alone; for others, and for operands of two types, as the gradient of that would
+    have, it first makes the operands float32.
+    """
+    return _product(x, kernel, num_inputs, jnp.float32).astype(x.dtype)
+
+
+def _forward_on_cpu(x: Array, kernel: Array, num_inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product_on_cpu(x, kernel, num_inputs), (x, kernel)
+
+
+def _backward_on_cpu(num_inputs: int, operands: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    rows, features = tuple(range(x.ndim - num_inputs)), tuple(range(num_inputs, kernel.ndim))
+    dims = tuple(range(len(rows), grad.ndim)), features
+    grad_x = jax.lax.dot_general(grad, kernel, (dims, ((), ())), preferred_element_type=jnp.float32)
+    grad_kernel = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
+
+
+_product_on_cpu.defvjp(_forward_on_cpu, _backward_on_cpu)
 
 
 class Embedding(nn.Module):

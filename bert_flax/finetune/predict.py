@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bert_flax.finetune import spans
 from bert_flax.finetune.conll import DOCUMENT_START
@@ -45,6 +45,8 @@ class PredictCommand:
     """Its second text (squad: the context)."""
     step: int | None = None
     """Step of the checkpoint; None: the best on the dev set."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Type of the computation; None: that of training. bfloat16 is faster on CPUs with instructions for it, too."""
 
     def __post_init__(self) -> None:
         """Raises UserError on what does not go together."""
@@ -81,13 +83,15 @@ def run(command: PredictCommand) -> None:
         raise UserError(f"--null-odds is for squad2, --n-best for squad and squad2; this run is of task {spec.name}")
     if command.text is not None:
         example: Any = _example(spec, command.text, command.text_pair)
-        _show(spec, example, predict_examples(found, Dataset((example,)), "--text", command.step))
+        _show(
+            spec, example, predict_examples(found, Dataset((example,)), "--text", command.step, command.compute_dtype)
+        )
         return
     assert command.data is not None and command.output is not None
     dataset = read_file(spec, command.data, labelled=False)
     for path in filter(None, (command.output, command.null_odds, command.n_best)):
         _check_writable(Path(path))
-    predictions = predict_examples(found, dataset, command.data, command.step)
+    predictions = predict_examples(found, dataset, command.data, command.step, command.compute_dtype)
     write(spec, dataset.examples, predictions, Path(command.output))
     if command.null_odds:
         with storage.writing(path := Path(command.null_odds)):
@@ -98,7 +102,9 @@ def run(command: PredictCommand) -> None:
     print(f"{command.output}: {len(dataset.examples):,} predictions of {found.workdir}")
 
 
-def predict_examples(found: FinetuneRun, dataset: Dataset[Any], where: str, step: int | None = None) -> Predictions:
+def predict_examples(
+    found: FinetuneRun, dataset: Dataset[Any], where: str, step: int | None = None, dtype: str | None = None
+) -> Predictions:
     """Predictions of a run's model for examples, on all devices. Prints what is to be said of them: texts cut.
 
     Args:
@@ -106,6 +112,7 @@ def predict_examples(found: FinetuneRun, dataset: Dataset[Any], where: str, step
       dataset: the examples, with labels or without.
       where: a name for the examples. That there are any is not said of ``--text``.
       step: of the checkpoint; None: the best one.
+      dtype: of the computation, as ``TrainConfig.compute_dtype``; None: that of training.
     """
     spec, config = found.task.spec, found.config
     units = encode(spec, dataset.examples, found.vocabulary, config.inputs, labelled=False)
@@ -113,7 +120,7 @@ def predict_examples(found: FinetuneRun, dataset: Dataset[Any], where: str, step
     for line in remarks_on(where, dataset, units, config.inputs)[where == "--text" :]:
         print(line)
     mesh = make_mesh(MeshConfig())
-    model = make_model(spec, config.model, compute_dtype(config.train.compute_dtype))
+    model = make_model(spec, config.model, compute_dtype(dtype or config.train.compute_dtype))
     evaluator = make_evaluator(config, spec, model, Labelled(dataset.examples, units), ways_of_batch(mesh))
     params, step = found.params(step, replicated(mesh))
     threshold = _null_threshold(found, step) if spec.unanswerable else None

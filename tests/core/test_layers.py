@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from core_flax.attention import MultiHeadAttention, dot_product_attention, padding_mask
-from core_flax.layers import Dropout, FeedForward, Linear, gelu, remat, row_bits
+from core_flax.layers import Dropout, FeedForward, Linear, gelu, linear, remat, row_bits
 from core_flax.losses import cross_entropy_sums
 
 B, L, M, D, H, K, F, C = 3, 5, 7, 8, 2, 4, 12, 6
@@ -274,3 +275,40 @@ def test_cross_entropy_of_ties_large_logits_and_bfloat16(logits, expected):
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected / 2, rtol=2e-3 if expected > 1e3 else 1e-6)  # 1e4 is rounded to bfloat16
     assert correct == 0
+
+
+# bfloat16 on a CPU.
+
+
+@pytest.mark.parametrize(("inputs", "features"), [((D,), (H, K)), ((H, K), (D,))])
+def test_bfloat16_products_of_a_cpu_are_those_of_others(inputs, features):
+    """Sums in float32, then rounded: within a rounding, of each sum and of what the tested product is made of."""
+    x = jnp.asarray(normal(0, B, L, *inputs), jnp.bfloat16)
+    kernel = jnp.asarray(normal(1, *inputs, *features), jnp.bfloat16)
+    weight = jnp.asarray(normal(2, B, L, *features), jnp.bfloat16)
+
+    def sums(product):
+        return jax.vjp(product, x, kernel)[1](weight)
+
+    on_cpu = partial(linear, num_inputs=len(inputs))
+    for found, wanted in zip((on_cpu(x, kernel), *sums(on_cpu)), exact(x, kernel, weight, len(inputs)), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=1e-6)
+
+
+def exact(x, kernel, weight, num_inputs):
+    """The product and both gradients, in float64."""
+    shape, (x, kernel, weight) = kernel.shape, (np.asarray(each, np.float64) for each in (x, kernel, weight))
+    x_ND, weight_NF = x.reshape(B * L, -1), weight.reshape(B * L, -1)
+    kernel_DF = kernel.reshape(x_ND.shape[1], -1)
+    product = (x_ND @ kernel_DF).reshape(weight.shape)
+    return product, (weight_NF @ kernel_DF.T).reshape(x.shape), (x_ND.T @ weight_NF).reshape(shape)
+
+
+def test_bfloat16_products_of_a_cpu_have_operands_in_bfloat16():
+    """Of two bfloat16 numbers, with a result in float32: what the CPU's instructions are for."""
+    x, kernel = jnp.ones((B, L, D), jnp.bfloat16), jnp.ones((D, F), jnp.bfloat16)
+    step = jax.jit(jax.grad(lambda *args: linear(*args).astype(jnp.float32).sum(), argnums=(0, 1)))
+    products = [line for line in step.lower(x, kernel).as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 2
+    assert all(re.search(r"\(tensor<\S+xbf16>, tensor<\S+xbf16>\) -> tensor<\S+xf32>", line) for line in products)

@@ -7,6 +7,7 @@ import shutil
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tasks
@@ -14,6 +15,7 @@ from flax import traverse_util
 from small_tasks import QUICK, arguments, here, in_a_hurry, right
 
 from bert_flax.finetune.runs import figures_by_step
+from bert_flax.finetune.task import make_model
 from bert_flax.huggingface import load_pretrained
 from bert_flax.pretrained import load_init
 from core_flax.checkpoint import list_steps, load_params
@@ -144,6 +146,20 @@ def test_a_test_file_and_a_text(mrpc, glue, tmp_path):
     assert shares[0][1] == output.read_text().splitlines()[1].split("\t")[1]
     printed = right(here("predict", "--workdir", mrpc[0], "--text", "the " * 99, "--text-pair", second))
     assert printed.splitlines()[0] == "--text: 1 texts over --inputs.max-length 32 were cut"
+
+
+def test_a_prediction_in_bfloat16(mrpc, glue, tmp_path, monkeypatch):
+    """The option reaches the model, and labels of a model that is sure of them stay."""
+    from bert_flax.finetune import predict
+
+    made = []
+    monkeypatch.setattr(predict, "make_model", lambda *args: made.append(make_model(*args)) or made[-1])
+    outputs = [tmp_path / dtype for dtype in ("float32", "bfloat16")]
+    for output in outputs:
+        data = ["--data", glue / "MRPC" / "test.tsv", "--compute-dtype", output.name]
+        right(here("predict", "--workdir", mrpc[0], "--output", output, *data))
+    assert [jnp.dtype(model.dtype).name for model in made] == ["float32", "bfloat16"]
+    assert outputs[0].read_text() == outputs[1].read_text()
 
 
 def test_the_threshold_of_null_odds_is_that_of_the_dev_set(squad2, tmp_path):
