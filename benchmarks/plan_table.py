@@ -58,6 +58,7 @@ def attempts(preset: str, num_devices: int) -> Iterator[dict[str, str]]:
     yield {"--mesh.fsdp": str(num_devices), "--model.remat": "block"}
     yield {"--mesh.fsdp": str(num_devices // 4), "--mesh.tensor": "4", "--model.remat": "block"}
     yield {"--mesh.fsdp": wide, "--model.remat": "block"}  # of widths that all devices do not divide
+    yield {"--mesh.fsdp": wide, "--model.remat": "block", "--train.num-microbatches": "8"}
 
 
 def options_of(preset: str, num_devices: int) -> dict[str, str]:
