@@ -40,8 +40,10 @@ def _locked(path: Path, refusal: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
                 raise UserError(refusal)  # its holder of a moment ago has removed it, and another may have made one
-        except OSError as error:
+        except (BlockingIOError, FileNotFoundError) as error:  # removed by its holder, likewise
             raise UserError(refusal) from error
+        except OSError as error:  # of a file system that has no locks
+            raise UserError(f"cannot lock {path}: {error.strerror or error}; give a folder elsewhere") from error
         try:
             yield
         finally:

@@ -1,10 +1,13 @@
 """The folder that prepare writes: nothing of anybody else's is removed, nothing is left after an error."""
 
+import errno
+import fcntl
 import re
 
 import pytest
 
 from core_flax.data import folder
+from core_flax.lock import only_writer
 from core_flax.types import UserError
 
 NAMES = re.compile(r"train\.index\.(npy|partial)|words\.txt|manifest\.json|prepare\.lock")
@@ -81,3 +84,18 @@ def test_replacing_takes_nothing_of_others_along(tmp_path, beside):
     with pytest.raises(UserError, match="holds other files"):
         folder.replace(tmp_path / "data", own(), made)
     assert {"manifest.json", "thesis.tex"} <= contents(tmp_path / beside).keys()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot lock .*run\.lock: No locks available; give a folder elsewhere"):
+        only_writer(tmp_path / "run.lock", "another run").__enter__()
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_another_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: (tmp_path / "run.lock").unlink())
+    with pytest.raises(UserError, match="another run"):
+        only_writer(tmp_path / "run.lock", "another run").__enter__()
