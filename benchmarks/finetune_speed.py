@@ -13,9 +13,11 @@ Ours is what ``bert-flax finetune`` and ``bert-flax predict`` run: its steps wit
 evaluator's pass with the making of predictions. Theirs is the loop of finetune_torch.py, with its collating: batches
 padded to the length 128, as run_glue does unless told otherwise, and to the longest of the batch. Both have their
 texts as tokens before the clock starts, and ours has compiled, which the report gives the seconds of. Our command line
-lets malloc keep freed memory; so that the difference is not malloc's alone, torch runs with that setting, too.
+lets malloc keep freed memory; so that the difference is not malloc's alone, torch runs with that setting, too. Both run
+once more in bfloat16 (ours: --train.compute-dtype and predict's --compute-dtype; theirs: autocast), which CPUs with
+instructions for it do faster.
 
-On a CPU only: finetune_torch.py computes in float32 wherever it runs. Needs the extra [parity], scipy, scikit-learn and
+On a CPU only: finetune_torch.py computes where it is told to. Needs the extra [parity], scipy, scikit-learn and
 seqeval. Writes everything to benchmarks/results.
 """
 
@@ -36,8 +38,8 @@ import contest
 
 from core_flax.memory import keep_freed_memory
 
-KEEPING_MEMORY = "_keeping_memory"
-if any(word == "ours" or word.endswith(KEEPING_MEMORY) for word in sys.argv):  # a worker's name
+KEEPING_MEMORY, BFLOAT16 = "_keeping_memory", "_bfloat16"
+if any(word.startswith("ours") or word.endswith(KEEPING_MEMORY) for word in sys.argv):  # a worker's name
     keep_freed_memory()  # before jax, torch or numpy, which start threads, are imported
 
 TASK = "mrpc"
@@ -61,7 +63,7 @@ def parse() -> argparse.Namespace:
 class Ours:
     """The steps of ``bert-flax finetune mrpc`` and the predictions of ``bert-flax predict``."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, dtype: str = "float32") -> None:
         import jax
 
         from bert_flax.finetune.config import resolve
@@ -76,7 +78,7 @@ class Ours:
         if jax.default_backend() != "cpu" or jax.device_count() > 1:
             sys.exit("this comparison is of CPUs, each as one device; set JAX_PLATFORMS=cpu")
         self.jax, self.spec = jax, TASKS[TASK]
-        settings = recipe(options.seed)
+        settings = recipe(options.seed, dtype)
         pretrained = load_init(str(options.weights))
         data = load_data(self.spec, str(options.data), pretrained.vocabulary, settings.inputs)
         self.dev, self.config = data.held_out["dev"], resolve(settings, pretrained.config, data.train.num_units)
@@ -155,7 +157,7 @@ class Ours:
         return statistics.fmean(value == each.label for value, each in zip(found.values, examples, strict=True))
 
 
-def recipe(seed: int) -> Any:
+def recipe(seed: int, dtype: str) -> Any:
     """The recipe in full, so that another default changes nothing here."""
     from bert_flax.finetune.config import FinetuneInputs, FinetuneSettings
     from core_flax.config import OptimizerConfig, TrainConfig
@@ -168,7 +170,7 @@ def recipe(seed: int) -> Any:
         attention_dropout=DROPOUT,
         inputs=FinetuneInputs(max_length=LENGTH),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.01, clip_norm=1.0),
-        train=TrainConfig(batch_size=BATCH, compute_dtype="float32"),
+        train=TrainConfig(batch_size=BATCH, compute_dtype=dtype),
     )
 
 
@@ -180,9 +182,12 @@ def padding(batches: list[dict[str, Any]]) -> float:
 
 
 class Torch:
-    """finetune_torch.py's loop; ``pad`` is its option: "max", the length, or "longest", of each batch."""
+    """finetune_torch.py's loop; ``pad`` is its option: "max", the length, or "longest", of each batch.
 
-    def __init__(self, options: argparse.Namespace, pad: str) -> None:
+    ``autocast``: whether matrix products are in bfloat16.
+    """
+
+    def __init__(self, options: argparse.Namespace, pad: str, autocast: bool = False) -> None:
         import finetune_torch
         import numpy as np
         import torch
@@ -193,6 +198,7 @@ class Torch:
         torch.manual_seed(options.seed)
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.recipe = finetune_torch
+        self.context = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
         own = {"data": options.data, "weights": options.weights, "max_train_rows": None}
         self.options = argparse.Namespace(**own, length=LENGTH, pad=pad, device="cpu")
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.weights)
@@ -225,6 +231,10 @@ class Torch:
 
     def take(self, what: str, amount: int) -> list[float]:
         """Steps, whose mean loss is returned, or passes over the dev set, whose accuracies are."""
+        with self.context():
+            return self._take(what, amount)
+
+    def _take(self, what: str, amount: int) -> list[float]:
         if what == "train":
             taken, self.order = self.order[: amount * BATCH], self.order[amount * BATCH :]
             assert len(taken) == amount * BATCH, "the run is shorter"
@@ -239,8 +249,11 @@ CONTESTANTS = {
     "torch_padded_to_longest": partial(Torch, pad="longest"),
     f"torch_padded_to_128{KEEPING_MEMORY}": partial(Torch, pad="max"),
     f"torch_padded_to_longest{KEEPING_MEMORY}": partial(Torch, pad="longest"),
+    f"ours{BFLOAT16}": partial(Ours, dtype="bfloat16"),
+    f"torch_padded_to_128{BFLOAT16}": partial(Torch, pad="max", autocast=True),
+    f"torch_padded_to_longest{BFLOAT16}{KEEPING_MEMORY}": partial(Torch, pad="longest", autocast=True),
 }
-"""The last two have the setting of malloc that our command line makes; see the top of the file."""
+"""Those that keep memory have the setting of malloc that our command line makes; see the top of the file."""
 
 
 def compare(answers: dict[str, list[dict[str, Any]]], examples: int) -> dict[str, Any]:
@@ -251,6 +264,7 @@ def compare(answers: dict[str, list[dict[str, Any]]], examples: int) -> dict[str
         "examples_per_turn": examples,
         "median_examples_per_second": medians,
         "ours_times_as_fast": {name: medians["ours"] / each for name, each in medians.items()},
+        "ours_in_bfloat16_times_as_fast": {name: medians[f"ours{BFLOAT16}"] / each for name, each in medians.items()},
         "examples_per_second_of_each_turn": rates,
         "losses_or_accuracies": {name: [answer["told"] for answer in each] for name, each in answers.items()},
     }
@@ -258,9 +272,10 @@ def compare(answers: dict[str, list[dict[str, Any]]], examples: int) -> dict[str
 
 def show(title: str, figures: dict[str, Any]) -> None:
     """Prints a table."""
-    print(f"{title:40}{'examples/s':>12}{'ours, times as fast':>21}")
+    print(f"{title:50}{'examples/s':>12}{'ours, times as fast':>21}{'in bfloat16':>13}")
     for name, rate in figures["median_examples_per_second"].items():
-        print(f"{name:40}{rate:12.1f}{figures['ours_times_as_fast'][name]:21.2f}")
+        times = figures["ours_times_as_fast"][name], figures["ours_in_bfloat16_times_as_fast"][name]
+        print(f"{name:50}{rate:12.1f}{times[0]:21.2f}{times[1]:13.2f}")
 
 
 def main() -> None:
