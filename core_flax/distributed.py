@@ -73,7 +73,7 @@ def _giving_up_at(deadline: float, wait: int) -> Iterator[None]:
 
     def give_up() -> None:
         print(
-            f"error: not all processes of this job came together within {wait} s; see that each of them runs, with "
+            f"{Path(sys.argv[0]).name}: error: not all processes of this job came together within {wait} s; see that each of them runs, with "
             f"the same coordinator and number of processes ({WAIT} sets the time)",
             file=sys.stderr,
             flush=True,
@@ -168,7 +168,9 @@ class PeerLost(Stopped):
     status = EXIT_PEER_LOST
 
 
-_NETWORK = re.compile("gloo|nccl|connection|peer|unavailable|heartbeat|socket", re.IGNORECASE)
+_NETWORK = re.compile(
+    "gloo|nccl|connection|peer|unavailable|heartbeat|socket|aborted|deadline_exceeded|slice", re.IGNORECASE
+)
 
 
 @contextlib.contextmanager

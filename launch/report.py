@@ -23,14 +23,11 @@ def lines(plan: Plan, topology: Topology) -> list[str]:
         f"  {'operations':<28}{plan.flops / 1e12:>10.3f} TFLOP{_ms(plan.roofline.compute)}",
         f"  {'memory traffic':<28}{plan.bytes / 1e9:>10.3f} GB   {_ms(plan.roofline.memory)}",
     ]
-    for each in plan.collectives[:12]:
+    for each in plan.collectives:
         what = f"{each.kind} x {each.count:g} over {each.group}{' slices' * each.slow}"
         seconds = collective_seconds(each, topology)
         total = None if seconds is None else seconds * each.count
         found.append(f"  {what:<28}{each.bytes * each.count / 1e9:>10.3f} GB   {_ms(total)}")
-    if len(plan.collectives) > 12:
-        rest = plan.collectives[12:]
-        found.append(f"  {f'{len(rest)} more kinds':<28}{sum(e.bytes * e.count for e in rest) / 1e9:>10.3f} GB")
     return [*found, "", *_estimate(plan)]
 
 
