@@ -73,8 +73,8 @@ def _giving_up_at(deadline: float, wait: int) -> Iterator[None]:
 
     def give_up() -> None:
         print(
-            f"{Path(sys.argv[0]).name}: error: not all processes of this job came together within {wait} s; see that each of them runs, with "
-            f"the same coordinator and number of processes ({WAIT} sets the time)",
+            f"{Path(sys.argv[0]).name}: error: not all processes of this job came together within {wait} s; see that "
+            f"each of them runs, with the same coordinator and number of processes ({WAIT} sets the time)",
             file=sys.stderr,
             flush=True,
         )
