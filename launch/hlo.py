@@ -22,18 +22,8 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _TRANSFER = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}[^"]*",_xla_megascale_transfer_type="(\w+)"')
 _SPLASH = re.compile(r'op_name="[^"]*splash_m[hq]a_(fwd|dq|dkv)')
-_FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "iota",
-    "domain",
-}
-_FREE |= {"send", "recv"}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+_FREE |= {"iota", "domain", "send", "recv"}
 
 
 @dataclass(frozen=True)
