@@ -295,7 +295,7 @@ def predict(model: Any, work: Workload, options: argparse.Namespace) -> tuple[li
         rows = work.dev[first : first + BATCH]
         answer = model(**collate(rows, options, labels=False))
         pair = (answer.start_logits, answer.end_logits) if "start_logits" in answer else None
-        logits = (torch.stack(pair, -1) if pair else answer.logits).cpu().numpy()
+        logits = (torch.stack(pair, -1) if pair else answer.logits).float().cpu().numpy()
         sizes = [None if logits.ndim == 2 else len(row["input_ids"]) for row in rows]
         outputs += [each[:size] for each, size in zip(logits, sizes, strict=True)]
     return outputs, time.perf_counter() - start
