@@ -282,10 +282,16 @@ def layer_params(layers: Params, number: int) -> Params:
     return layers[str(number)] if str(number) in layers else jax.tree.map(lambda x: x[number], layers)
 
 
-def layers_per_turn(unroll: int | None, num_layers: int) -> int:
+def layers_per_turn(unroll: int | None, num_layers: int, pre_norm: bool = False) -> int:
     """How many layers one turn of a scan over them computes; None: all of them on a CPU, one on an accelerator.
 
     A turn slices its layers' parameters out of the stacked arrays and writes their gradients into others: copies, which
     a CPU feels, while one turn for all compiles for as long as it has layers.
+
+    ``pre_norm``: nothing norms the hidden states after an addition, so their gradient is a sum over all layers behind.
+    Within a turn XLA computes that sum anew in every fusion that reads it, which for GPT-2's twelve layers on a CPU
+    takes more than the copies: more than four such layers are computed one to a turn.
     """
-    return unroll or (num_layers if jax.default_backend() == "cpu" else 1)
+    if unroll:
+        return unroll
+    return num_layers if jax.default_backend() == "cpu" and not (pre_norm and num_layers > 4) else 1

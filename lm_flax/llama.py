@@ -51,8 +51,8 @@ class LlamaConfig:
     """What the backward pass computes again rather than keep in memory: nothing, all but the matrix products, or each
     block from its input. Changes results by rounding at most."""
     unroll: int | None = None
-    """Layers computed by one turn of the loop over them: more is faster on a CPU and compiles longer. None: all on a
-    CPU, one elsewhere. Changes results by rounding at most."""
+    """Layers computed by one turn of the loop over them: more means fewer copies, and longer to compile. None: one; on a
+    CPU all, if there are four at most. Changes results by rounding at most."""
 
     FREE: ClassVar = frozenset({"remat", "unroll"})
 
@@ -151,7 +151,7 @@ class Llama(nn.Module):
         """Creates the submodules."""
         config = self.config
         self.token = Embedding(config.vocab_size, config.width, config.kernel_init, self.dtype)
-        unroll = layers_per_turn(config.unroll, config.num_layers)
+        unroll = layers_per_turn(config.unroll, config.num_layers, pre_norm=True)
         self.layers = nn.scan(
             remat(LlamaBlock, config.remat, unroll, static=()),
             variable_axes={"params": 0},

@@ -58,8 +58,8 @@ class GPT2Config:
     """What the backward pass computes again rather than keep in memory: nothing, all but the matrix products, or each
     block from its input. Changes results by rounding at most."""
     unroll: int | None = None
-    """Layers computed by one turn of the loop over them: more is faster on a CPU and compiles longer. None: all on a
-    CPU, one elsewhere. Changes results by rounding at most."""
+    """Layers computed by one turn of the loop over them: more means fewer copies, and longer to compile. None: one; on a
+    CPU all, if there are four at most. Changes results by rounding at most."""
 
     FREE: ClassVar = frozenset({"remat", "unroll"})
 
@@ -148,7 +148,7 @@ class GPT2(nn.Module):
         self.token = table(config.vocab_size)
         self.position = table(config.max_length)
         self.dropout = Dropout(config.dropout)
-        unroll = layers_per_turn(config.unroll, config.num_layers)
+        unroll = layers_per_turn(config.unroll, config.num_layers, pre_norm=True)
         block = remat(GPT2Block, config.remat, unroll, static=(5,))
         self.layers = nn.scan(
             block,

@@ -138,7 +138,7 @@ class ModernTransformer(EncoderDecoder):
 
     def _stack(self, block: type[nn.Module]) -> nn.Module:
         config = self.config
-        unroll = layers_per_turn(config.unroll, config.num_layers)
+        unroll = layers_per_turn(config.unroll, config.num_layers, pre_norm=True)
         return nn.scan(
             remat(block, config.remat, unroll),
             variable_axes={"params": 0, LOOKED_AT: 0},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from core_flax.attention import MultiHeadAttention, dot_product_attention, padding_mask
-from core_flax.layers import Dropout, FeedForward, Linear, gelu, linear, remat, row_bits
+from core_flax.layers import Dropout, FeedForward, Linear, gelu, layers_per_turn, linear, remat, row_bits
 from core_flax.losses import cross_entropy_sums
 
 B, L, M, D, H, K, F, C = 3, 5, 7, 8, 2, 4, 12, 6
@@ -312,3 +312,9 @@ def test_bfloat16_products_of_a_cpu_have_operands_in_bfloat16():
     products = [line for line in step.lower(x, kernel).as_text().splitlines() if "dot_general" in line]
     assert len(products) == 2
     assert all(re.search(r"\(tensor<\S+xbf16>, tensor<\S+xbf16>\) -> tensor<\S+xf32>", line) for line in products)
+
+
+def test_layers_per_turn_on_a_cpu():
+    """All of them, but of deep stacks in which the gradient of the hidden states is a sum over layers."""
+    assert [layers_per_turn(None, 12), layers_per_turn(None, 4, pre_norm=True)] == [12, 4]
+    assert [layers_per_turn(None, 12, pre_norm=True), layers_per_turn(3, 12, pre_norm=True)] == [1, 3]
