@@ -55,7 +55,7 @@ class SpeedrunConfig:
     """What the backward pass computes again rather than keep in memory: nothing, all but the matrix products, or each
     block from its input. Changes results by rounding at most."""
     unroll: int | None = None
-    """Layers computed by one turn of the loop over them: more means fewer copies, and longer to compile. None: one; on a
+    """Layers computed by one turn of the loop over them: more means fewer copies and longer to compile. None: one; on a
     CPU all, if there are four at most. Changes results by rounding at most."""
 
     FREE: ClassVar = frozenset({"remat", "unroll"})
