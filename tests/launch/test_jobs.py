@@ -203,7 +203,8 @@ def test_gcloud_that_does_not_answer_is_no_slice_that_is_gone(gcloud):
 @pytest.mark.parametrize("to_all", [True, False], ids=["Ctrl-C", "SIGTERM to flax-launch"])
 def test_a_job_on_tpus_that_is_told_to_stop_saves_and_gives_the_slice_back(gcloud, tmp_path, to_all):
     asked = ["tpu-vm", "--name=bert", "--topology=v5e:4x4", "--zone=z", "--setup=cd ~", f"--output={tmp_path}"]
-    command = [sys.executable, "-m", "launch.cli", *asked, "--", "bash", "-c", SAVING]
+    # Where the tests themselves were started to ignore Ctrl-C, as jobs in the background are, this one is not to.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "launch.cli", *asked, "--", "bash", "-c", SAVING]
     env = os.environ | gcloud | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with Process(command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
         while not (tmp_path / "started").exists():
