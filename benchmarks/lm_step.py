@@ -1,7 +1,7 @@
 """Time a training step of ours against nanoGPT's model in torch: the same sizes, AdamW, clipping, no dropout.
 
     python benchmarks/lm_step.py --preset char_small --batch 12 --length 64 --steps 50
-    python benchmarks/lm_step.py --preset gpt2 --batch 1 --length 512 --steps 4 --chunks 2 --remat none
+    python benchmarks/lm_step.py --preset gpt2 --batch 1 --length 512 --steps 4 --chunks 2
 
 Each runs in a process of its own and waits while the other works; they take turns in blocks of steps, and the medians
 over blocks are compared (see contest.py). float32 on a CPU; with a GPU bfloat16 (theirs: autocast and torch.compile),

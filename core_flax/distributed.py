@@ -168,9 +168,7 @@ class PeerLost(Stopped):
     status = EXIT_PEER_LOST
 
 
-_NETWORK = re.compile(
-    "gloo|nccl|connection|peer|unavailable|heartbeat|socket|aborted|deadline_exceeded|slice", re.IGNORECASE
-)
+_NETWORK = re.compile("gloo|nccl|connection|peer|unavailable|heartbeat|socket|aborted|deadline_exceeded", re.IGNORECASE)
 
 
 @contextlib.contextmanager
