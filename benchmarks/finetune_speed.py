@@ -17,8 +17,8 @@ lets malloc keep freed memory; so that the difference is not malloc's alone, tor
 once more in bfloat16 (ours: --train.compute-dtype and predict's --compute-dtype; theirs: autocast), which CPUs with
 instructions for it do faster.
 
-On a CPU only, where float32 is what both compute in unless told otherwise. Needs the extra [parity], scipy, scikit-learn
-and seqeval. Writes everything to benchmarks/results.
+On a CPU only, where float32 is what both compute in unless told otherwise. Needs the extra [parity], scipy,
+scikit-learn and seqeval. Writes everything to benchmarks/results.
 """
 
 import argparse
