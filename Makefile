@@ -20,7 +20,7 @@ demo-translation: .venv/ready
 	$(BIN)/seq2seq-flax translate --workdir runs/numbers --input runs/numbers/asked.en
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 tests
 
 # With these two installed, make test also compares with transformers' BERT.
 parity: .venv/ready-dev

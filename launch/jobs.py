@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,10 @@ def submit(job: Job, options: JobOptions) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(job.content, encoding="utf-8")
     print(f"wrote {path}\n{shlex.join(command)}", flush=True)
+    program = shutil.which(command[0])
+    if program is None:
+        raise UserError(f"{command[0]} is not installed here; run this where it is, or see --dry-run")
     # In our place: a signal reaches it alone, which may have to save and to give machines back, and its exit status is
     # ours. Python ignores SIGPIPE, which would be handed on.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        os.execvp(command[0], command)
-    except FileNotFoundError as error:
-        raise UserError(f"{command[0]} is not installed here; run this where it is, or see --dry-run") from error
+    os.execv(program, command)
