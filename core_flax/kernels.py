@@ -194,11 +194,15 @@ def _does_not_divide(call: Call) -> str | None:
     return None
 
 
+NO_DROPOUT = "knows no dropout of probabilities"
+"""Why a kernel for accelerators is not taken that could be, were it not for the dropout."""
+
+
 def _splash_supports(call: Call) -> str | None:
     if call.platform != "tpu":
         return "needs a TPU"
     if call.dropout:
-        return "knows no dropout of probabilities"
+        return NO_DROPOUT
     if call.length % 128 or call.memory % 128:
         return f"lengths {call.length} and {call.memory} must be multiples of 128"
     if call.causal and call.length != call.memory:
@@ -283,7 +287,7 @@ def _chunked_supports(call: Call) -> str | None:
     if call.platform == "cpu":
         return "saves memory, not time, and a CPU has memory"
     if call.dropout:
-        return "knows no dropout of probabilities"
+        return NO_DROPOUT
     if call.memory <= 2 * CHUNK:
         return f"{call.memory} keys are few enough to be taken at once"
     if call.memory % CHUNK:

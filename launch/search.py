@@ -31,14 +31,21 @@ def plan(name: str, command: Any) -> None:
         return make_plan(family.task(config), config, family.batch(config, config.train.num_steps - 1), topology)
 
     told: list[str] = []
-    with kernels.telling(told.append if command.explain_kernels else None):
-        if command.search:
-            _search(make, config, topology, command)
-        else:
-            _one(make, config, topology, command)
-    if told:
-        # Beside the JSON, not in it.
-        print("\n".join(told), file=sys.stderr if command.json else sys.stdout)
+    with kernels.telling(told.append):
+        try:
+            if command.search:
+                _search(make, config, topology, command)
+            else:
+                _one(make, config, topology, command)
+        finally:
+            # Beside the JSON, not in it.
+            if command.explain_kernels and told:
+                print("\n".join(told), file=sys.stderr if command.json else sys.stdout)
+            elif any(kernels.NO_DROPOUT in line for line in told):
+                _tell(
+                    "attention is computed in the plain way and waits for the memory: no kernel knows its dropout; see "
+                    "--model.attention-dropout 0"
+                )
 
 
 def _one(make: Any, config: Any, topology: chips.Topology, command: Any) -> None:

@@ -8,6 +8,7 @@ from core_flax import kernels, sharding
 from core_flax.attention import attend
 from core_flax.config import MeshConfig
 from launch.chips import find
+from launch.cli import main
 from launch.hlo import read_work
 
 pytest.importorskip("libtpu")
@@ -50,3 +51,11 @@ def test_the_kernel_compiles_over_a_mesh(topology, mask, kv_heads, width, monkey
     # Two products forward and five backward, of a device's rows and heads; none of them moves to another device.
     assert work.flops == pytest.approx(7 * 2 * (B / 2) * (4 / 2) * L * L * width)
     assert not [each for each in work.collectives if each.bytes > 1000]
+
+
+@pytest.mark.parametrize(("rate", "told"), [("0.1", True), ("0", False)])
+def test_a_plan_tells_when_dropout_rules_out_every_kernel(capsys, rate, told):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "bert_tiny", "--topology=v5e:2x2", "--batch=8", "--json", f"--model.attention-dropout={rate}"])
+    assert not stop.value.code
+    assert ("no kernel knows its dropout; see --model.attention-dropout 0" in capsys.readouterr().err) == told
