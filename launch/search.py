@@ -32,20 +32,18 @@ def plan(name: str, command: Any) -> None:
 
     told: list[str] = []
     with kernels.telling(told.append):
-        try:
-            if command.search:
-                _search(make, config, topology, command)
-            else:
-                _one(make, config, topology, command)
-        finally:
-            # Beside the JSON, not in it.
-            if command.explain_kernels and told:
-                print("\n".join(told), file=sys.stderr if command.json else sys.stdout)
-            elif any(kernels.NO_DROPOUT in line for line in told):
-                _tell(
-                    "attention is computed in the plain way and waits for the memory: no kernel knows its dropout; see "
-                    "--model.attention-dropout 0"
-                )
+        if command.search:
+            _search(make, config, topology, command)
+        else:
+            _one(make, config, topology, command)
+    # Beside the JSON, not in it.
+    if command.explain_kernels and told:
+        print("\n".join(told), file=sys.stderr if command.json else sys.stdout)
+    elif any(kernels.NO_DROPOUT in line for line in told):
+        _tell(
+            "attention is computed in the plain way and waits for the memory: no kernel knows its dropout; see "
+            "--model.attention-dropout 0"
+        )
 
 
 def _one(make: Any, config: Any, topology: chips.Topology, command: Any) -> None:
@@ -80,6 +78,8 @@ def _remedies(config: Any, topology: chips.Topology, error: OutOfMemoryError) ->
         *([f"--mesh.fsdp {min(slice_size, max(2, 4 * fsdp))}"] if fsdp < slice_size else []),
         f"--train.num-microbatches {2 * config.train.num_microbatches}",
         *(["--model.remat block"] if _has_remat(config) and config.model.remat != "block" else []),
+        # On accelerators, kernels that leave the scores on the chip know no dropout of probabilities.
+        *(["--model.attention-dropout 0"] if not topology.is_cpu and _has_attention_dropout(config) else []),
         "a smaller --batch",
         "or --search",
     ]
@@ -103,6 +103,10 @@ def candidates(config: Any, num_devices: int) -> Iterator[Any]:
                     train=dataclasses.replace(config.train, num_microbatches=2**microbatches),
                     model=dataclasses.replace(config.model, remat=remats[remat]) if remats[remat] else config.model,
                 )
+
+
+def _has_attention_dropout(config: Any) -> bool:
+    return getattr(config.model, "attention_dropout", 0.0) > 0
 
 
 def _has_remat(config: Any) -> bool:
