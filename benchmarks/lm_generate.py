@@ -1,7 +1,8 @@
 """Time generation of ours against transformers' ``generate`` with its cache: the same GPT-2, greedy, token for token.
 
     python benchmarks/lm_generate.py                       # GPT-2's 124M parameters, 256 tokens
-    python benchmarks/lm_generate.py --layers 4 --width 128 --heads 4 --new-tokens 64
+    python benchmarks/lm_generate.py --layers 4 --width 128 --heads 4 --vocab 65 --prompt 16 \\
+        --output benchmarks/results/lm_generate_char_small_cpu.json
 
 The weights are drawn, and written once in Hugging Face's format, which transformers reads. Each program runs in a
 process of its own; they take turns (see contest.py), and every time the tokens must be equal, which float32 gives but
@@ -30,6 +31,8 @@ if {"ours", "transformers_keeping_memory"} & set(
 
 import numpy as np
 
+SIZES = ("layers", "width", "heads", "vocab", "batch", "prompt")
+
 
 def parse() -> argparse.Namespace:
     """The options, for this process and for those it starts."""
@@ -37,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--batch", type=int, default=1, help="prompts side by side")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--new-tokens", type=int, default=256, help="tokens that are added to each")
@@ -57,7 +61,11 @@ def write_model(options: argparse.Namespace, folder: Path) -> None:
     from lm_flax.model import GPT2Config
 
     config = GPT2Config(
-        num_layers=options.layers, width=options.width, num_heads=options.heads, mlp_width=4 * options.width
+        vocab_size=options.vocab,
+        num_layers=options.layers,
+        width=options.width,
+        num_heads=options.heads,
+        mlp_width=4 * options.width,
     )
     params = jax.device_get(jax.jit(partial(init_params, make_model(config)))(jax.random.key(options.seed)))
     save_pretrained(folder, config, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params))
@@ -66,7 +74,7 @@ def write_model(options: argparse.Namespace, folder: Path) -> None:
 def make_prompts(options: argparse.Namespace, turn: int) -> np.ndarray:
     """Tokens drawn at random."""
     draw = np.random.default_rng([options.seed, turn])
-    return draw.integers(0, 50257, (options.batch, options.prompt), np.int32)
+    return draw.integers(0, options.vocab, (options.batch, options.prompt), np.int32)
 
 
 class Ours:
@@ -180,7 +188,7 @@ def main() -> None:
         **contest.origin(),
         "load_at_start": load,
         "seed": options.seed,
-        "sizes": {name: getattr(options, name) for name in ("layers", "width", "heads", "batch", "prompt")},
+        "sizes": {name: getattr(options, name) for name in SIZES},
         "new_tokens": options.new_tokens,
         "median_seconds": medians,
         "tokens_per_second": {name: tokens / seconds for name, seconds in medians.items()},
