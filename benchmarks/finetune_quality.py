@@ -7,7 +7,8 @@
 The first word is the report: glue, sst2, ner or squad. finetune_studies.py says what each trains on and how, and which
 better recipes of ours are tried; --recipe gives other options of bert-flax finetune to try instead of these.
 Figures are those after the last epoch, on the whole dev set: none is picked by the dev set. Theirs is
-finetune_torch.py; each of its batches is padded to its longest row, which changes its time but no figure.
+finetune_torch.py, with malloc set as ours has it; each of its batches is padded to its longest row, which changes its
+time but no figure.
 
 It may be stopped at any time, by Ctrl-C or SIGTERM, and started again with the same command: what DIR holds is not
 repeated, and our own run goes on from where it was saved. The report is written anew after each run, from all that DIR
@@ -140,6 +141,7 @@ def theirs(task: Task, seed: int, recipe: Recipe, options: argparse.Namespace) -
     command += ["--weights", str(options.weights.resolve()), "--epochs", str(recipe.options["--epochs"])]
     command += ["--learning-rate", str(recipe.options["--optimizer.learning-rate"])]
     command += ["--output", str((options.workdir / "torch.jsonl").resolve()), "--pad", "longest", "--device", "cpu"]
+    command += ["--keep-memory", *(["--group-by-length"] if STUDIES[options.study].grouped else [])]
     run_to_end(command, options.workdir / "torch.log")
 
 
@@ -182,6 +184,8 @@ def find_theirs(options: argparse.Namespace, task: Task, seed: int, recipe: Reci
         "max_train_rows": None,
         "weights_sha256": weights_hash(options),
     }
+    if STUDIES[options.study].grouped:
+        settings["group_by_length"] = True
     for line in stored(options, "torch"):
         if (line["task"], line["seed"]) == (task.torch, seed) and settings.items() <= line["settings"].items():
             return line

@@ -64,6 +64,7 @@ class Study:
         are its own; the rest is its constants.
       better: recipes of ours alone.
       about: sentences on the data.
+      grouped: whether finetune_torch.py makes its batches of rows of like length, as ours are.
     """
 
     title: str
@@ -71,6 +72,7 @@ class Study:
     options: Words
     better: tuple[Recipe, ...] = ()
     about: str = ""
+    grouped: bool = False
 
 
 def shared(learning_rate: str = "5e-5", epochs: int = 3, length: int = 128) -> Words:
@@ -186,6 +188,7 @@ STUDIES = {
         (Recipe(steps("2e-4", 3)),),
         "Trained on TyDi QA's English training questions and 38 of the 48 articles of SQuAD's dev-v1.1.json, scored on "
         f"the other 10 (places {', '.join(map(str, SCORED_ARTICLES))}, from 0). Windows over long contexts start 128 "
-        "tokens apart on both sides.",
+        "tokens apart on both sides, and batches are made of rows of like length on both (theirs: --group-by-length).",
+        grouped=True,
     ),
 }

@@ -4,7 +4,8 @@
 
 The loop is that of transformers' run_glue, run_qa and run_ner: batch 32, AdamW, weight decay 0.01 (none on biases and
 LayerNorm), clipping to norm 1, a warmup of 10 % and a linear decay to 0, dropout 0.1, float32, on all cores. It shares
-no code with ours: readers, label order and metrics are written anew or scipy's, scikit-learn's and seqeval's.
+no code with ours but what sets malloc: readers, label order and metrics are written anew or scipy's, scikit-learn's
+and seqeval's.
 
 --data is a folder in GLUE's layout (MRPC/train.tsv ...); for ner the folder of eng.train and eng.testa; for qa that of
 train-v1.1.json and dev-v1.1.json. Metrics are in percent, of the whole dev set, after every epoch. Each run (task,
@@ -33,6 +34,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from core_flax.memory import keep_freed_memory
+
+if "--keep-memory" in sys.argv:  # before torch or numpy start a thread
+    keep_freed_memory()
+
 import numpy as np
 import torch
 import transformers
@@ -43,6 +49,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 RECIPE = {"batch": 32, "weight_decay": 0.01, "clip_norm": 1.0, "warmup": 0.1, "dropout": 0.1}
 BATCH, UNTIMED_STEPS = RECIPE["batch"], 5
+GROUPED = 50
+"""Batches among which --group-by-length sorts, as the sampler of transformers' Trainer does."""
 STRIDE, MAX_QUESTION, MAX_ANSWER, N_BEST = 128, 64, 30, 20
 """Tokens from window to window (run_qa's stride is what they share) and of the longest question and answer; n-best."""
 
@@ -264,6 +272,18 @@ def collate(rows: list[dict], options: argparse.Namespace, labels: bool) -> dict
     return batch
 
 
+def draw_order(lengths: list[int], draws: torch.Generator, grouped: bool) -> list[int]:
+    """An epoch's rows at random; grouped: each batch of rows of like length, the batches at random."""
+    rows = torch.randperm(len(lengths), generator=draws).tolist()
+    if not grouped:
+        return rows
+    pools = [rows[first : first + GROUPED * BATCH] for first in range(0, len(rows), GROUPED * BATCH)]
+    rows = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
+    batches = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+    places = torch.randperm(len(batches) - 1, generator=draws).tolist()  # the last, which may be short, stays the last
+    return [row for place in [*places, len(batches) - 1] for row in batches[place]]
+
+
 def train(model: Any, steps: Any, work: Workload, order: list[int], skip: int, options: argparse.Namespace) -> dict:
     """One epoch: mean loss, and the seconds and examples of the steps after the first ``skip``."""
     optimizer, schedule = steps
@@ -312,7 +332,7 @@ def run(task: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     steps = make_optimizer(model, math.ceil(len(work.train) / BATCH) * options.epochs, options.learning_rate)
     order, epochs = torch.Generator().manual_seed(seed), []
     for epoch in range(options.epochs):
-        rows = torch.randperm(len(work.train), generator=order).tolist()
+        rows = draw_order([len(row["input_ids"]) for row in work.train], order, options.group_by_length)
         figures = train(model, steps, work, rows, 0 if epoch else UNTIMED_STEPS, options)
         outputs, seconds = predict(model, work, options)
         metrics = {name: round(100 * float(value), 3) for name, value in work.score(outputs).items()}
@@ -336,7 +356,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """All that decides a run's result, besides the machine: a run with the same ones is not repeated."""
     names = ("epochs", "learning_rate", "length", "pad", "max_train_rows", "device")
     weights = hashlib.sha256((options.weights / "model.safetensors").read_bytes()).hexdigest()
-    return {**{name: getattr(options, name) for name in names}, **RECIPE, "weights_sha256": weights}
+    grouped = {"group_by_length": True} if options.group_by_length else {}
+    return {**{name: getattr(options, name) for name in names}, **grouped, **RECIPE, "weights_sha256": weights}
 
 
 def origin(options: argparse.Namespace) -> dict[str, Any]:
@@ -367,6 +388,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: 3, for qa 2")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--pad", choices=("longest", "max"), default="max", help="to a batch's longest or the length")
+    parser.add_argument("--group-by-length", action="store_true", help="batches of rows of like length")
+    parser.add_argument("--keep-memory", action="store_true", help="malloc set as our command line sets it, on a CPU")
     parser.add_argument("--max-train-rows", type=int, help="train on the first rows alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
