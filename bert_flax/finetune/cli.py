@@ -111,7 +111,7 @@ class ScoreCommand:
     """Scores a file of predictions with the task's official metric, whoever made it."""
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
-    """cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, squad2, swag or ner."""
+    """A task of bert-flax finetune: cola, mrpc, squad2, ner and so on, but not glue and custom."""
     predictions: str
     """File of predictions: index and prediction (GLUE, SWAG), JSON (SQuAD), or CoNLL columns."""
     data: str

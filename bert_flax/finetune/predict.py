@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bert_flax.finetune import spans
+from bert_flax.finetune import spans, tables
 from bert_flax.finetune.conll import DOCUMENT_START
 from bert_flax.finetune.data import encode, remarks_on
 from bert_flax.finetune.examples import Dataset, QuestionExample, TaggedExample, TextExample
@@ -34,7 +34,8 @@ class PredictCommand:
     data: str | None = None
     """File in the task's layout, with or without labels."""
     output: str | None = None
-    """File to write: GLUE's submission TSV (also for SWAG), SQuAD's JSON, or CoNLL columns."""
+    """File to write: GLUE's submission TSV (also for SWAG; a CSV if its name ends in .csv), SQuAD's JSON, or CoNLL
+    columns."""
     null_odds: str | None = None
     """SQuAD 2.0: file to write with the null odds of each question."""
     n_best: str | None = None
@@ -91,6 +92,8 @@ def run(command: PredictCommand) -> None:
     dataset = read_file(spec, command.data, labelled=False)
     for path in filter(None, (command.output, command.null_odds, command.n_best)):
         _check_writable(Path(path))
+    if spec.kind in ("classification", "regression", "choice"):
+        tables.check_fields(Path(command.output), (*spec.labels, *(example.id for example in dataset.examples)))
     predictions = predict_examples(found, dataset, command.data, command.step, command.compute_dtype)
     write(spec, dataset.examples, predictions, Path(command.output))
     if command.null_odds:
@@ -170,6 +173,8 @@ def _show(spec: TaskSpec, example: Any, found: Predictions) -> None:
     match spec.kind:
         case "span":
             (rows,) = spans.n_best_lists(found.answers, spec.unanswerable).values()
+            if not rows:
+                print(NO_ANSWER)
             for place, row in enumerate(rows):
                 if place < 5 or not row["text"]:
                     print(f"{row['probability']:7.1%}  {row['text'] or NO_ANSWER}")
@@ -195,14 +200,15 @@ def write(spec: TaskSpec, examples: Sequence[Any], found: Predictions, path: Pat
             text = json.dumps(
                 {example.id: value for example, value in zip(examples, found.values, strict=True)}, ensure_ascii=False
             )
+            text += "\n"
         case "tagging":
             text = _columns(examples, found.values)
         case _:
             shown = found.values if spec.kind == "regression" else [spec.labels[value] for value in found.values]
             rows = [SUBMISSION_HEADER, *((example.id, shown[place]) for place, example in enumerate(examples))]
-            text = "\n".join("\t".join(map(str, row)) for row in rows)
+            text = tables.format_table(path, rows)
     with storage.writing(path):
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def _columns(examples: Sequence[TaggedExample], tags: Sequence[Sequence[str]]) -> str:
@@ -215,4 +221,4 @@ def _columns(examples: Sequence[TaggedExample], tags: Sequence[Sequence[str]]) -
             document = example.document
         lines += [f"{word} {tag}" for word, tag in zip(example.words, tagged, strict=True)]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])

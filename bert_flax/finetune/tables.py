@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from core_flax.types import UserError
 
 SHOWN_CHARACTERS = 60
 """Of a field that is none of what it should be: a file of another kind may have it as long as the file."""
+MAX_FIELD = 2**31 - 1
+"""Characters of a field of CSV. Python's own limit, 131,072, is less than some documents have."""
 
 Row = tuple[int, list[str]]
 """The line of the file that a row begins in, from 1, and its fields."""
@@ -27,6 +29,7 @@ class Table:
     path: Path
     names: tuple[str, ...]
     rows: Iterator[Row]
+    has_header: bool = True
 
     def place(self, name: str) -> int:
         """The number of a column. Raises UserError if there is none, or more than one, of this name."""
@@ -42,6 +45,13 @@ class Table:
             return None
         return f"{self.path}:{line} has {len(fields)} fields, not {len(self.names)}"
 
+    @property
+    def how_to_mend(self) -> str:
+        """What a field of such a file may be."""
+        if _is_csv(self.path):
+            return "mend the row: a field with a comma or a line break stands in double quotes"
+        return "mend the row: a field can hold no tab and no line break"
+
 
 def open_table(path: Path, text: str, headerless: tuple[str, ...] = ()) -> Table:
     """A table by the ending of its name: ``.csv`` is quoted and separated by commas, all else unquoted and by tabs.
@@ -51,11 +61,31 @@ def open_table(path: Path, text: str, headerless: tuple[str, ...] = ()) -> Table
         text: a column that a header would name.
         headerless: names of the columns if the first row does not hold ``text``.
     """
-    rows = _read_csv(path) if path.suffix.lower() == ".csv" else _read_tsv(path)
+    rows = _read_csv(path) if _is_csv(path) else _read_tsv(path)
     first = next(rows)
-    if text in first[1] or not headerless:
-        return Table(path, tuple(first[1]), rows)
-    return Table(path, headerless, itertools.chain((first,), rows))
+    names = tuple(name.strip() for name in first[1])  # "id, text" is a common way to write a header
+    if text in names or not headerless:
+        return Table(path, names, rows)
+    return Table(path, headerless, itertools.chain((first,), rows), has_header=False)
+
+
+def format_table(path: Path, rows: Iterable[Sequence[object]]) -> str:
+    """The text of a table to write, which ``open_table`` reads by the same name; see ``check_fields``."""
+    if not _is_csv(path):
+        return "".join("\t".join(map(str, row)) + "\n" for row in rows)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def check_fields(path: Path, fields: Iterable[str]) -> None:
+    """Raises UserError if a table of this name cannot hold one of the fields."""
+    for field in () if _is_csv(path) else fields:
+        if set(field) & set("\t\r\n"):
+            raise UserError(
+                f"{path}: {field[:SHOWN_CHARACTERS]!r} holds a tab or a line break, which a TSV cannot; let the name "
+                "of the file to write end in .csv"
+            )
 
 
 def read_texts(spec: TaskSpec, path: Path, labelled: bool) -> Dataset[TextExample]:
@@ -74,25 +104,23 @@ def read_texts(spec: TaskSpec, path: Path, labelled: bool) -> Dataset[TextExampl
     table = open_table(path, columns.text, columns.headerless)
     text = table.place(columns.text)
     pair = None if columns.text_pair is None else table.place(columns.text_pair)
-    label = table.place(columns.label) if labelled else None
-    own_id = table.place(columns.id) if columns.id and columns.id in table.names else None
+    # A file without header is known by its labels alone, so these are looked at in any case.
+    label = table.place(columns.label) if labelled or not table.has_header else None
+    has_id = columns.id and (columns.needs_id or columns.id in table.names)
+    own_id = table.place(columns.id) if columns.id and has_id else None
     examples, dropped = [], []
     for number, (line, fields) in enumerate(table.rows):
         if torn := table.torn(line, fields):
             if spec.torn_rows == "error":
-                raise UserError(f"{torn}; mend the row: a field can hold no tab and no line break")
+                raise UserError(f"{torn}; {table.how_to_mend}")
             dropped.append(torn)
         elif label is not None and fields[label] == spec.no_label:
             dropped.append(f"{path}:{line} has no label ({spec.no_label!r})")
         else:
-            examples.append(
-                TextExample(
-                    str(number) if own_id is None else fields[own_id],
-                    fields[text],
-                    None if pair is None else fields[pair],
-                    None if label is None else parse_label(spec, fields[label], f"{path}:{line}"),
-                )
-            )
+            found = None if label is None else parse_label(spec, fields[label], f"{path}:{line}")
+            name = str(number) if own_id is None else fields[own_id]
+            second = None if pair is None else fields[pair]
+            examples.append(TextExample(name, fields[text], second, found if labelled else None))
     return Dataset(tuple(examples), tuple(dropped))
 
 
@@ -105,7 +133,7 @@ def read_choices(spec: TaskSpec, path: Path, labelled: bool) -> Dataset[ChoiceEx
     examples = []
     for number, (line, fields) in enumerate(table.rows):
         if torn := table.torn(line, fields):
-            raise UserError(f"{torn}; mend the row: a field with a comma or a line break stands in double quotes")
+            raise UserError(f"{torn}; {table.how_to_mend}")
         examples.append(
             ChoiceExample(
                 fields[table.names.index("")] if "" in table.names else str(number),
@@ -125,7 +153,7 @@ def read_labels(spec: TaskSpec, path: Path) -> tuple[str, ...]:
     place, labels = table.place(spec.columns.label), set()
     for line, fields in table.rows:
         if torn := table.torn(line, fields):
-            raise UserError(f"{torn}; mend the row")
+            raise UserError(f"{torn}; {table.how_to_mend}")
         if not fields[place].strip():
             raise UserError(f"{path}:{line} has an empty label")
         labels.add(fields[place])
@@ -159,6 +187,10 @@ def parse_label(spec: TaskSpec, label: str, where: str) -> int | float:
     return score
 
 
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
+
+
 def _read_tsv(path: Path) -> Iterator[Row]:
     """Rows end at line feeds alone: str.splitlines and csv would also break them where texts have odd characters."""
     stream = io.StringIO(read_text(path).rstrip("\r\n"), newline="\n")
@@ -167,6 +199,7 @@ def _read_tsv(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD)
     reader = csv.reader(io.StringIO(read_text(path).rstrip("\r\n"), newline=""), strict=True)
     line = 1
     try:

@@ -8,6 +8,7 @@ sets and the last for the large ones (SST-2, QQP, MNLI, QNLI). It does not say w
 figures are those of its tables: F1 for MRPC and QQP, Spearman for STS-B, Matthews for CoLA.
 """
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ class Columns:
 
     Attributes:
         id: used where the file has it; rows are numbered from 0 otherwise.
+        needs_id: whether a file that lacks it is refused instead.
         headerless: the columns' names in files that have no header: those whose first row does not hold ``text``.
     """
 
@@ -31,6 +33,7 @@ class Columns:
     text_pair: str | None = None
     label: str = "label"
     id: str | None = "index"
+    needs_id: bool = False
     headerless: tuple[str, ...] = ()
 
 
@@ -53,7 +56,6 @@ class TaskSpec:
         unanswerable: whether a question may have no answer.
         tfds_texts: names of the text fields in TensorFlow Datasets, where they are not those of the columns.
         epochs, learning_rate, batch_size, max_length: defaults of the recipe; max_length in tokens.
-        submission: for each test split, the name that GLUE's evaluation server wants its predictions to have.
     """
 
     name: str
@@ -74,7 +76,6 @@ class TaskSpec:
     learning_rate: float = 5e-5
     batch_size: int = 32
     max_length: int = 128
-    submission: Mapping[str, str] | None = None
 
 
 SUBMISSION_HEADER = ("index", "prediction")
@@ -93,7 +94,6 @@ COLA = TaskSpec(
     labels=("0", "1"),
     metrics=("matthews", "accuracy"),
     primary="matthews",
-    submission={"test": "CoLA.tsv"},
 )
 
 SST2 = TaskSpec(
@@ -106,7 +106,6 @@ SST2 = TaskSpec(
     metrics=("accuracy",),
     primary="accuracy",
     learning_rate=2e-5,
-    submission={"test": "SST-2.tsv"},
 )
 
 MRPC = TaskSpec(
@@ -119,7 +118,6 @@ MRPC = TaskSpec(
     metrics=("accuracy", "f1"),
     primary="f1",
     tfds_texts=("sentence1", "sentence2"),
-    submission={"test": "MRPC.tsv"},
 )
 
 STSB = TaskSpec(
@@ -131,7 +129,6 @@ STSB = TaskSpec(
     score_range=(0.0, 5.0),
     metrics=("pearson", "spearman"),
     primary="spearman",
-    submission={"test": "STS-B.tsv"},
 )
 
 QQP = TaskSpec(
@@ -145,7 +142,6 @@ QQP = TaskSpec(
     primary="f1",
     torn_rows="leave out",
     learning_rate=2e-5,
-    submission={"test": "QQP.tsv"},
 )
 
 MNLI = TaskSpec(
@@ -169,7 +165,6 @@ MNLI = TaskSpec(
     no_label="-",
     tfds_texts=("premise", "hypothesis"),
     learning_rate=2e-5,
-    submission={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
 )
 
 QNLI = TaskSpec(
@@ -182,7 +177,6 @@ QNLI = TaskSpec(
     metrics=("accuracy",),
     primary="accuracy",
     learning_rate=2e-5,
-    submission={"test": "QNLI.tsv"},
 )
 
 RTE = TaskSpec(
@@ -194,7 +188,6 @@ RTE = TaskSpec(
     labels=_YES_NO,
     metrics=("accuracy",),
     primary="accuracy",
-    submission={"test": "RTE.tsv"},
 )
 
 WNLI = TaskSpec(
@@ -206,7 +199,6 @@ WNLI = TaskSpec(
     labels=("0", "1"),
     metrics=("accuracy",),
     primary="accuracy",
-    submission={"test": "WNLI.tsv"},
 )
 
 SQUAD = TaskSpec(
@@ -298,7 +290,9 @@ def _tables(*names: str) -> tuple[str, ...]:
 def _parse_columns(columns: str) -> Columns:
     known = ("text", "text_pair", "label", "id")
     given: dict[str, str] = {}
-    for part in columns.split(","):
+    one_line = columns.replace("\n", " ").replace("\r", " ")
+    # As a row of CSV: a name with a comma in it stands, with its role, in double quotes.
+    for part in next(csv.reader([one_line], skipinitialspace=True)) or [""]:
         role, equals, name = (word.strip() for word in part.partition("="))
         role = role.replace("-", "_")
         if role not in known or not equals or not name or role in given:
@@ -309,4 +303,6 @@ def _parse_columns(columns: str) -> Columns:
     for role in ("text", "label"):
         if role not in given:
             raise UserError(f"--columns {columns} names no {role}; write it as in text=sentence,label=class")
-    return Columns(given["text"], given.get("text_pair"), given["label"], given.get("id"))
+    if given["label"] in (given["text"], given.get("text_pair")):
+        raise UserError(f"--columns {columns}: column {given['label']!r} is both a text and the label to tell from it")
+    return Columns(given["text"], given.get("text_pair"), given["label"], given.get("id"), needs_id="id" in given)

@@ -1,5 +1,6 @@
 """What a user does with a task: fine-tune, stop and go on, predict, score, export."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import small_tasks
 from flax import traverse_util
-from small_tasks import QUICK, arguments, here, in_a_hurry, right
+from small_tasks import QUICK, arguments, here, in_a_hurry, refused, right
 
 from bert_flax.finetune.runs import figures_by_step
 from bert_flax.finetune.task import make_model
@@ -213,10 +214,10 @@ def test_tags_of_sentences_with_their_documents(model, tmp_path):
 
 
 def test_choices(model, tmp_path):
-    data, run, output = small_tasks.write_swag(tmp_path / "data"), tmp_path / "run", tmp_path / "choices.tsv"
+    data, run, output = small_tasks.write_swag(tmp_path / "data"), tmp_path / "run", tmp_path / "choices.csv"
     right(here(*arguments("swag", data, run, init=model, inputs__max_length=16, **QUICK | {"epochs": 1})))
     right(here("predict", "--workdir", run, "--data", data / "val.csv", "--output", output))
-    assert re.fullmatch(r"index\tprediction\n(\d\t[0-3]\n){9}", output.read_text())
+    assert re.fullmatch(r"index,prediction\n(\d,[0-3]\n){9}", output.read_text())
     assert scores("swag", output, data / "val.csv") == pytest.approx(best_figures(run), abs=0.005)
 
 
@@ -224,9 +225,10 @@ def test_a_table_of_ones_own_from_another_task(mrpc, tmp_path):
     """A CSV with quotes and a number to predict, from the encoder that MRPC has left."""
     data, run = tmp_path / "data", tmp_path / "run"
     for seed, name in enumerate(("train.csv", "valid.csv")):
-        found = [f'"{a} ""said, {n}""",{same + n / 100},{b}' for n, a, b, same in small_tasks.rows(seed, 16 - 5 * seed)]
-        small_tasks.put(data / name, "\n".join(["first,how near,second", *found]) + "\n")
-    options = QUICK | {"columns": "text=first,text_pair=second,label=how near", "epochs": 1}
+        rows = small_tasks.rows(seed, 16 - 5 * seed)
+        found = [f'"{a} ""said, {n}""",{same + n / 100},{b},k{n}' for n, a, b, same in rows]
+        small_tasks.put(data / name, "\n".join(["first,how near,second,key", *found]) + "\n")
+    options = QUICK | {"columns": "text=first,text_pair=second,label=how near,id=key", "epochs": 1}
     options["optimizer__learning_rate"] = 1e-12
     printed = right(here(*arguments("custom", data, run, "--regression", init_from_task=mrpc[0], **options)))
     assert "custom, train: 16 examples" in printed and "and a new head" in printed
@@ -235,7 +237,14 @@ def test_a_table_of_ones_own_from_another_task(mrpc, tmp_path):
     assert before.head.kernel.shape == (16, 2) and after.head.kernel.shape == (16, 1)
     right(here("predict", "--workdir", run, "--data", data / "valid.csv", "--output", tmp_path / "x"))
     header, *lines = (tmp_path / "x").read_text().splitlines()
-    assert header == "index\tprediction" and len(lines) == 11
+    assert header == "index\tprediction" and [line.split("\t")[0] for line in lines] == [f"k{n}" for n in range(11)]
+    other = small_tasks.put(data / "other.csv", (data / "valid.csv").read_text().replace(",k3\n", ',"k\n3"\n'))
+    command = ["predict", "--workdir", run, "--data", other, "--output"]
+    assert "'k\\n3' holds a tab or a line break, which a TSV cannot" in refused(*command, tmp_path / "y.tsv")
+    assert not (tmp_path / "y.tsv").exists()
+    right(here(*command, tmp_path / "y.csv"))
+    with (tmp_path / "y.csv").open(newline="") as file:
+        assert [row["index"] for row in csv.DictReader(file)] == [f"k{n}" if n != 3 else "k\n3" for n in range(11)]
     _, first, second, _ = next(small_tasks.rows(1, 1))
     printed = right(here("predict", "--workdir", run, "--text", f'{first} "said, 0"', "--text-pair", second))
     assert float(printed) == pytest.approx(float(lines[0].split("\t")[1]), abs=6e-4)

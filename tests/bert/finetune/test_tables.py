@@ -10,10 +10,12 @@ from task_files import table, tuples, write
 from bert_flax.finetune.examples import TextExample
 from bert_flax.finetune.files import glue_tasks
 from bert_flax.finetune.readers import read, read_file
-from bert_flax.finetune.tasks import TASKS
+from bert_flax.finetune.tables import check_fields, format_table, open_table
+from bert_flax.finetune.tasks import GLUE, TASKS, custom_task
 from core_flax.types import UserError
 
-COLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, _, _, SWAG, _ = TASKS.values()
+COLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI = (TASKS[name] for name in GLUE)
+SWAG = TASKS["swag"]
 
 
 # GLUE
@@ -44,6 +46,14 @@ def test_cola_has_a_header_only_in_test(tmp_path):
     assert tuples(read(COLA, tmp_path, "train")) == [("0", "They sleep.", None, 1), ("1", "Them sleeps.", None, 0)]
     assert tuples(read(COLA, tmp_path, "test")) == [("5", "We sleep.", None, None)]
     assert tuples(read_file(COLA, tmp_path / "train.tsv", labelled=False))[0] == ("0", "They sleep.", None, None)
+
+
+def test_a_header_is_not_taken_for_a_row_of_cola(tmp_path):
+    """Another task's file of four columns: what is in the fourth is no sentence to predict."""
+    path = write(tmp_path / "dev.tsv", table(("index", "sentence1", "sentence2", "label"), (0, "a", "b", "entailment")))
+    for labelled in (True, False):
+        with pytest.raises(UserError, match=r"dev.tsv:1: 'sentence1' is no label of task cola, which has 0, 1"):
+            read_file(COLA, path, labelled)
 
 
 def test_sst2_test_has_an_index(tmp_path):
@@ -151,6 +161,56 @@ def test_texts_are_read_as_they_are(tmp_path):
     lines = [(row.id, row.text, row.text_pair, RTE.labels[row.label]) for row in rows]
     write(tmp_path / "RTE/train.tsv", table(("index", "sentence1", "sentence2", "label"), *lines))
     assert read(RTE, tmp_path, "train").examples == tuple(rows)
+
+
+# Tables of one's own
+
+MINE = custom_task("text=text,label=label", ("x", "y"))
+
+
+def test_spaces_around_the_names_of_columns(tmp_path):
+    path = write(tmp_path / "a.csv", "text , label\na,x\n")
+    assert tuples(read_file(MINE, path, labelled=True)) == [("0", "a", None, 0)]
+    write(path, "text, text ,label\na,b,x\n")
+    with pytest.raises(UserError, match="has two columns 'text'"):
+        read_file(MINE, path, labelled=True)
+
+
+def test_a_field_may_be_as_long_as_a_book(tmp_path):
+    book = "word " * 100_000
+    (row,) = read_file(MINE, write(tmp_path / "a.csv", f"text,label\n{book},y\n"), labelled=True).examples
+    assert row.text == book
+
+
+@pytest.mark.parametrize(("ending", "remedy"), [("csv", "stands in double quotes"), ("tsv", "can hold no tab")])
+def test_how_a_torn_row_is_mended(tmp_path, ending, remedy):
+    comma = {"csv": ",", "tsv": "\t"}[ending]
+    path = write(tmp_path / f"a.{ending}", f"text{comma}label\na{comma}x{comma}y\n")
+    with pytest.raises(UserError, match=f"a.{ending}:2 has 3 fields, not 2; mend the row: a field .*{remedy}"):
+        read_file(MINE, path, labelled=True)
+
+
+def test_a_column_of_ids_that_is_named_must_be_there(tmp_path):
+    spec = custom_task("text=text,label=label,id=key", ("x", "y"))
+    path = write(tmp_path / "a.csv", "key,text\nk7,a\n")
+    assert tuples(read_file(spec, path, labelled=False)) == [("k7", "a", None, None)]
+    write(path, "kye,text\nk7,a\n")
+    with pytest.raises(UserError, match="has no column 'key'; its columns are 'kye', 'text'"):
+        read_file(spec, path, labelled=False)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    rows = [("index", "prediction"), ("a, b", 'say "x"'), ("tab\there", "two\nlines"), ("", 1.5)]
+    path = tmp_path / "a.csv"
+    path.write_text(format_table(path, rows), encoding="utf-8")
+    found = open_table(path, "prediction")
+    assert [found.names, *(tuple(row) for _, row in found.rows)] == [tuple(map(str, row)) for row in rows]
+    assert format_table(tmp_path / "a.tsv", rows[:2]) == 'index\tprediction\na, b\tsay "x"\n'
+    check_fields(path, ["tab\there", "two\nlines"])
+    check_fields(tmp_path / "a.tsv", ["a, b", 'say "x"', ""])
+    for field in rows[2]:
+        with pytest.raises(UserError, match=r"holds a tab or a line break, which a TSV cannot; .* end in \.csv"):
+            check_fields(tmp_path / "a.tsv", ["a", field])
 
 
 # SWAG
