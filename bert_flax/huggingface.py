@@ -140,7 +140,7 @@ def save_pretrained(
 
 
 def _read_config(path: Path, stored: Mapping[str, Any]) -> BertConfig:
-    names = stored.get("architectures") or []
+    names = _architectures(path, stored)
     kind = stored.get("model_type")  # the first releases had none
     if kind not in (None, "bert") or (kind is None and not all(name.startswith("Bert") for name in names)):
         raise UserError(f"{path} describes a model of type {kind or names[0]!r}; only bert can be read")
@@ -150,6 +150,13 @@ def _read_config(path: Path, stored: Mapping[str, Any]) -> BertConfig:
         if stored.get(name, values[0]) not in values:
             raise UserError(f"{path}: {name} is {stored[name]!r}; this model has {values[0]!r}")
     return config_from(path, stored, FIELDS, BertConfig())
+
+
+def _architectures(path: Path, stored: Mapping[str, Any]) -> list[str]:
+    names = stored.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: architectures is {names!r}, which is no list of names; get it again")
+    return names
 
 
 def _their_config(
@@ -233,7 +240,7 @@ def _check_arrays(folder: Path, config: BertConfig, arrays: Mapping[str, np.ndar
 def _task_head(
     folder: Path, config: BertConfig, stored: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> TaskHead | None:
-    named = next((name for name in stored.get("architectures") or [] if name in TASK_HEADS), None)
+    named = next((name for name in _architectures(folder / CONFIG, stored) if name in TASK_HEADS), None)
     if named is None:  # the first releases did not say
         pooled = "bert.pooler.dense.weight" in arrays
         guess = "BertForSequenceClassification" if pooled else "BertForTokenClassification"
@@ -244,7 +251,7 @@ def _task_head(
         return None
     num_classes = len(bias) if bias.ndim else 0
     check_array(folder, f"{layer}.weight", weight, (num_classes, config.width))
-    labels = stored.get("id2label") or {}
+    labels = found if isinstance(found := stored.get("id2label"), dict) else {}
     names = tuple(str(labels[str(number)]) for number in range(num_classes) if str(number) in labels)
     fits = len(names) == len(labels) == num_classes
     return TaskHead(named, np.ascontiguousarray(weight.T), bias, names if fits else None)

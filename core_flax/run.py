@@ -160,7 +160,7 @@ def kind_of(folder: Path) -> str | None:
         raise UserError(f"{folder} is no folder; give a run's, or that of a model that has been downloaded before")
     try:
         stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # its reader says what is wrong
     kind = stored.get("kind") if isinstance(stored, dict) else None
     return kind if isinstance(kind, str) else None

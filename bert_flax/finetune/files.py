@@ -1,7 +1,9 @@
 """Where a task's official files lie, and the text in them."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from bert_flax.finetune.tasks import GLUE, TASKS, TaskSpec
 from core_flax.types import UserError
@@ -43,6 +45,16 @@ def glue_tasks(data: Path) -> Mapping[str, tuple[str, ...]]:
         for name in GLUE
     }
     return {name: there for name, there in splits.items() if there}
+
+
+def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What a JSON file holds; ``make_object`` makes an object of its pairs. Raises UserError if it is none."""
+    try:
+        return json.loads(read_text(path), object_pairs_hook=make_object)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno} is not valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists within lists within lists
+        raise UserError(f"{path} is not JSON that can be read: {error}") from error
 
 
 def read_text(path: Path) -> str:

@@ -6,8 +6,8 @@ and the names ending in ``_thresh`` null odds.
 
 import itertools
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from bert_flax.finetune.conll import DOCUMENT_START
 from bert_flax.finetune.examples import Dataset, QuestionExample, TaggedExample, summarize
-from bert_flax.finetune.files import read_text
+from bert_flax.finetune.files import read_json, read_text
 from bert_flax.finetune.readers import read_file
 from bert_flax.finetune.tables import open_table, parse_label
 from bert_flax.finetune.tasks import SUBMISSION_HEADER, TASKS, TaskSpec
@@ -183,14 +183,12 @@ def _score_answers(
 
 def _read_json(path: Path, kind: type, what: str) -> dict[str, Any]:
     """An object whose keys are questions and whose values are texts or finite numbers."""
-    try:
-        stored = json.loads(read_text(path), object_pairs_hook=lambda pairs: _once(pairs, path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno} is not valid JSON: {error.msg} at column {error.colno}") from error
+    stored = read_json(path, lambda pairs: _once(pairs, path))
     if not isinstance(stored, dict):
         raise UserError(f"{path} is not a JSON object of {what} by question")
     for key, value in stored.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # Compared, because math.isfinite fails on whole numbers that no float holds.
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not (number if kind is float else isinstance(value, kind)):
             raise UserError(f"{path} question {key}: {json.dumps(value)[:40]} is not {what}")
     return stored

@@ -1,13 +1,12 @@
 """SQuAD's JSON, versions 1.1 and 2.0."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bert_flax.finetune.examples import Answer, Dataset, QuestionExample
-from bert_flax.finetune.files import read_text
+from bert_flax.finetune.files import read_json
 from bert_flax.finetune.tasks import TaskSpec
 from core_flax.types import UserError
 
@@ -30,11 +29,7 @@ def read_questions(spec: TaskSpec, path: Path, labelled: bool, training: bool) -
     Raises:
         UserError: it is not JSON, or not in SQuAD's layout.
     """
-    try:
-        stored = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno} is not valid JSON: {error.msg} at column {error.colno}") from error
-    return sift(spec, _raw_questions(path, stored, labelled), labelled, training)
+    return sift(spec, _raw_questions(path, read_json(path), labelled), labelled, training)
 
 
 def sift(spec: TaskSpec, questions: Iterable[RawQuestion], labelled: bool, training: bool) -> Dataset[QuestionExample]:

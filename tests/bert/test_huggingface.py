@@ -188,10 +188,11 @@ def test_half_precision_is_converted_and_reported(folder, dtype):
 
 def test_labels_that_do_not_fit_are_not_taken(folder):
     head = {"classifier.weight": np.ones((5, 8), np.float32), "classifier.bias": np.zeros(5, np.float32)}
-    write(folder, random_arrays() | head, architectures=None, id2label={"0": "LABEL_0", "1": "LABEL_1"})
-    found = load_pretrained(folder)
-    assert (found.head.architecture, found.head.labels) == ("BertForSequenceClassification", None)
-    assert found.head.kernel.shape == (8, 5)
+    for labels in ({"0": "LABEL_0", "1": "LABEL_1"}, ["LABEL_0"] * 5, 5):
+        write(folder, random_arrays() | head, architectures=None, id2label=labels)
+        found = load_pretrained(folder)
+        assert (found.head.architecture, found.head.labels) == ("BertForSequenceClassification", None)
+        assert found.head.kernel.shape == (8, 5)
 
 
 # What is refused
@@ -202,6 +203,8 @@ def test_labels_that_do_not_fit_are_not_taken(folder):
     [
         ({"model_type": "roberta"}, "describes a model of type 'roberta'; only bert can be read"),
         ({"model_type": None, "architectures": ["RobertaModel"]}, "of type 'RobertaModel'; only bert"),
+        ({"architectures": "BertModel"}, "architectures is 'BertModel', which is no list of names; get it again"),
+        ({"architectures": [5]}, "architectures is [5], which is no list of names"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'; this model has 'abs"),
         ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'; this model has 'gelu'"),
         ({"is_decoder": True}, "is_decoder is True; this model has False"),
@@ -265,8 +268,11 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-1])
     assert "model.safetensors is damaged or cut short" in refused(folder)
-    (folder / "config.json").write_text("{")
-    assert "config.json is not valid JSON" in refused(folder)
+    for text in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        assert "config.json is not valid JSON" in refused(folder)
+    with pytest.raises(UserError, match=r"config.json is not valid JSON"):
+        load_init(str(folder))
 
 
 def test_folders_that_hold_no_model(folder, finished_run, tmp_path):

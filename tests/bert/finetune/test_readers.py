@@ -14,7 +14,7 @@ from bert_flax.finetune.readers import read, read_file
 from bert_flax.finetune.tasks import TASKS
 from core_flax.types import UserError
 
-COLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, SQUAD, SQUAD2, SWAG, NER = TASKS.values()
+COLA, RTE, WNLI, SQUAD, SWAG, NER = (TASKS[name] for name in ("cola", "rte", "wnli", "squad", "swag", "ner"))
 
 
 # What a user can get wrong
@@ -65,6 +65,8 @@ PAIR = ("index", "sentence1", "sentence2", "label")
         (NER, "a\nb\n", "FILE:1 has a word and no tag"),
         (NER, "-DOCSTART- -X- O O\n\n", "FILE holds no example"),
         (SQUAD, '{"data": [\n{]}', "FILE:2 is not valid JSON: Expecting property name"),
+        (SQUAD, "[" * 100_000, "FILE is not JSON that can be read: maximum recursion depth exceeded"),
+        (SQUAD, '{"data": ' + "9" * 5000 + "}", "FILE is not JSON that can be read: Exceeds the limit (4300 digits)"),
         (SQUAD, "[]", "FILE has no 'data' (list)"),
         (SQUAD, '{"data": []}', "FILE holds no example"),
         (SQUAD, '{"data": [{"paragraphs": [{"qas": []}]}]}', "FILE data[0].paragraphs[0] has no 'context' (string)"),

@@ -201,6 +201,7 @@ def test_missing_answers_are_said_and_wrong(tmp_path):
         ('{"q1": "a"\n "q2"', "p.json:2 is not valid JSON"),
         ("{}", "p.json predicts none of the 4 questions"),
         ("", "p.json is empty"),
+        ("[" * 100_000, "p.json is not JSON that can be read"),
     ],
 )
 def test_answers_with_a_mistake_are_refused(tmp_path, content, message):
@@ -214,6 +215,8 @@ def test_answers_with_a_mistake_are_refused(tmp_path, content, message):
         ('{"q1": 1, "q2": 2.5, "q3": 0}', "odds.json has no number for 1 of 4 questions: q4"),
         ('{"q1": 1, "q2": 2.5, "q3": 0, "q4": "1"}', 'odds.json question q4: "1" is not a number'),
         ('{"q1": 1, "q2": 2.5, "q3": 0, "q4": NaN}', "odds.json question q4: NaN is not a number"),
+        ('{"q1": 1, "q2": 2.5, "q3": 0, "q4": 1%s}' % ("0" * 400), "odds.json question q4: 1000"),
+        ('{"q1": 1, "q2": 2.5, "q3": 0, "q4": -Infinity}', "odds.json question q4: -Infinity is not a number"),
         ('{"q1": 1, "q2": 2.5, "q3": 0, "q4": true}', "odds.json question q4: true is not a number"),
         ('{"q1": 1, "q2": 2.5, "q3": 0, "q4": 1, "q5": 1}', "odds.json question q5 is not in "),
     ],
