@@ -143,6 +143,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
         check_range("train", self, "num_steps", "batch_size", "num_microbatches", least=1)
+        check_range("train", self, "num_steps", below=2**31)  # an int32 counts them
         check_range("train", self, "eval_every_steps", "eval_batches", least=0)
         check_range("train", self, "ema_decay", above=0, below=1)
 
@@ -325,7 +326,10 @@ def load(path: Path, kinds: str | Collection[str], **extra: type) -> dict[str, A
         raise UserError(f"{path} holds no JSON object; {remedy}")
     wanted = [kinds] if isinstance(kinds, str) else list(kinds)
     if stored.get("kind") not in wanted:
-        raise UserError(f"{path} describes a run of kind {stored.get('kind')!r}, not {' or '.join(map(repr, wanted))}")
+        kinds = " or ".join(map(repr, wanted))
+        raise UserError(
+            f"{path} describes a run of kind {stored.get('kind')!r}, not {kinds}; give the folder of such a run"
+        )
     if stored.get("format") != CONFIG_FORMAT:
         raise UserError(f"{path} has format {stored.get('format')}; this version reads format {CONFIG_FORMAT}")
     for name, hint in {"config": dict, **extra}.items():

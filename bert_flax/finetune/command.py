@@ -24,6 +24,7 @@ from bert_flax.finetune.score import is_per_cent
 from bert_flax.finetune.tables import shorten
 from bert_flax.finetune.tasks import TaskSpec
 from bert_flax.huggingface import Pretrained, Report
+from bert_flax.huggingface_names import HEADS
 from bert_flax.pretrained import load_init
 from core_flax import kernels, storage
 from core_flax.distributed import first_does, join
@@ -33,6 +34,7 @@ from core_flax.types import UserError
 RESULTS, SWEEP = "results.json", "sweep"
 SWEEP_BATCH_SIZES, SWEEP_LEARNING_RATES, SWEEP_EPOCHS = (16, 32), (5e-5, 3e-5, 2e-5), (2, 3, 4)
 """The grid of the paper (arXiv 1810.04805, appendix A.3)."""
+POOLER = HEADS["encoder/pooler"]
 SWEPT = ("--train.batch-size", "--optimizer.learning-rate", "--epochs")
 
 
@@ -92,7 +94,7 @@ def finetune(name: str, command: FinetuneCommand) -> None:
     data = load_data(task.spec, command.data, pretrained.vocabulary, command.inputs)
     _check_segments(pretrained, data.train, init)
     found = [f"custom, labels: {shorten(labels)}"] if labels else []
-    for line in (*_about(pretrained, init), *found, *data.remarks):
+    for line in (*_about(task.spec, pretrained, init), *found, *data.remarks):
         print(line)
     start = partial(
         run, task=task, pretrained=pretrained, data=data, origin=Origin.of(command.data, data, init, pretrained)
@@ -158,15 +160,18 @@ def _pretrained(spec: TaskSpec, command: FinetuneCommand) -> tuple[Pretrained, s
     return found, command.init
 
 
-def _about(pretrained: Pretrained, init: str) -> list[str]:
+def _about(spec: TaskSpec, pretrained: Pretrained, init: str) -> list[str]:
     """Lines on what the runs begin with. That it has no heads of pretraining is as it should be.
 
-    Nor does it matter that position_ids are not used: they are 0, 1, 2 ..., which old files hold.
+    Nor does it matter that position_ids are not used: they are 0, 1, 2 ..., which old files hold. Scores of tokens need
+    no pooler.
     """
     report, head = pretrained.report, "its head" if "head" in pretrained.params else "a new head"
     first = f"begins with the encoder of {init} ({', '.join(report.files)}) and {head}"
+    lacks_pooler = POOLER in report.missing and spec.kind not in ("span", "tagging")
+    new = [f"{init} has no pooler: a new one is trained, as the head is"] * lacks_pooler
     unused = [f"unused: {name}" for name in report.unused if not name.endswith(".position_ids")]
-    return [first, *unused, *report.notes]
+    return [first, *new, *unused, *report.notes]
 
 
 def _head(spec: TaskSpec, found: Pretrained, init: str) -> Mapping[str, np.ndarray]:

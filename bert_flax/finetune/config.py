@@ -52,6 +52,7 @@ class FinetuneSettings(RunConfig):
         """Raises UserError on a value out of range."""
         super().__post_init__()
         check_range("", self, "epochs", above=0)
+        check_range("", self, "epochs", below=2**31)
         check_range("", self, "warmup_share", "dropout", "attention_dropout", least=0, below=1)
         check_range("", self, "evaluations_per_epoch", least=1)
         if self.train.eval_batches:

@@ -132,6 +132,8 @@ class FinetuneRun:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
         config = configs.load_config(path, FinetuneConfig, stored)
         task = configs.load_config(path, TaskChoice, stored, "task")
+        if task.name not in TASKS and not task.columns:
+            raise UserError(f"{path}: there is no task {task.name} here; add it to bert_flax/finetune/tasks.py again")
         return cls(folder, config, task, vocabulary, configs.load_config(path, Origin, stored, "origin"))
 
     def save(self) -> None:

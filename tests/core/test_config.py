@@ -35,6 +35,7 @@ BOUNDS = [
     (ScheduleConfig, "decay_steps", [1, None], [0], "1 or more, or None"),
     (ScheduleConfig, "final_fraction", [0.0, 1.0], [-0.1, 1.1], "0 or more and at most 1"),
     (TrainConfig, "num_steps", [1], [0], "1 or more"),
+    (TrainConfig, "num_steps", [2**31 - 1], [2**31], "less than 2147483648"),
     (TrainConfig, "ema_decay", [0.999, None], [0.0, 1.0], "more than 0 and less than 1, or None"),
     (TrainConfig, "batch_size", [1], [0], "1 or more"),
     (TrainConfig, "num_microbatches", [1], [0], "1 or more"),

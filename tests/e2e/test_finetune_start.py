@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import small_tasks
+from safetensors.numpy import load_file, save_file
 from small_tasks import arguments, here, in_a_hurry, refused, right
 
 from bert_flax.finetune import command as finetune_command
@@ -43,6 +44,17 @@ def test_a_head_is_kept(started, mrpc, glue, tmp_path):
     np.testing.assert_array_equal(kept["head"]["kernel"], best.head.kernel)
     np.testing.assert_array_equal(kept["head"]["bias"], best.head.bias)
     assert set(new) == {"encoder"}
+
+
+def test_a_pooler_that_is_missing_is_told(started, model, glue, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    arrays = load_file(other / "model.safetensors")
+    save_file({name: x for name, x in arrays.items() if "pooler" not in name}, other / "model.safetensors")
+    data = small_tasks.write_ner(tmp_path / "ner", train=1, dev=1)
+    line = f"{other} has no pooler: a new one is trained, as the head is"
+    assert line in right(here(*arguments("mrpc", glue, tmp_path / "a", init=other))).splitlines()
+    for number, (task, place, init) in enumerate((("ner", data, other), ("mrpc", glue, model))):
+        assert "has no pooler" not in right(here(*arguments(task, place, tmp_path / f"b{number}", init=init)))
 
 
 def test_the_grid_is_tried_and_the_best_recipe_given_to_the_seeds(started, model, glue, tmp_path, monkeypatch):
@@ -133,6 +145,8 @@ def test_what_is_left_out_is_told_and_not_trained_on(started, model, tmp_path):
     [
         ({"seeds": 0}, "--seeds 0: must be 1 or more"),
         ({"epochs": 0}, "--epochs 0.0: must be more than 0, or None"),
+        ({"epochs": 1e308}, "--epochs 1e+308: must be less than 2147483648, or None"),
+        ({"epochs": 1e9}, "--train.num-steps 3000000000: must be less than 2147483648"),
         ({"train__num_steps": 1000}, "--train.num-steps follows from --epochs 8"),
         ({"schedule__warmup_steps": 0}, "--schedule.warmup-steps follows from --warmup-share 0.1"),
         ({"train__eval_every_steps": 5}, "--train.eval-every-steps follows from --evaluations-per-epoch 1"),
@@ -228,8 +242,11 @@ def test_models(model, glue, mrpc, tmp_path):
     assert str(other / "config.json") in line(init=other)
     assert f"--keep-head: {model} has no head of a task" in line("--keep-head", init=model)
     assert "--keep-head goes with --init" in line("--keep-head", init_from_task=mrpc[0])
-    assert f"{model / 'config.json'} describes a run of kind None" in line(init_from_task=model)
+    kind = "describes a run of kind None, not 'bert_flax.finetune'; give the folder of such a run"
+    assert f"{model / 'config.json'} {kind}" in line(init_from_task=model)
     assert f"{tmp_path} holds no complete run" in line(init_from_task=tmp_path)
+    shutil.copytree(mrpc[0], tmp_path / "glue" / "mrpc")
+    assert "give one of its folders mrpc" in line(init=tmp_path / "glue")
     assert not (tmp_path / "run").exists()
 
 

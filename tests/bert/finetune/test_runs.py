@@ -142,6 +142,7 @@ def test_of_several_seeds_the_best_one(tmp_path):
     [
         ({"task": {}}, "task.name is missing"),
         ({"task": {"name": ["rte"]}}, "task.name is ['rte'], where str is wanted"),
+        ({"task": {"name": "mine"}}, "there is no task mine here; add it to bert_flax/finetune/tasks.py again"),
         ({"task": {"name": "mine", "columns": 5}}, "task.columns is 5, where str is wanted"),
         ({"task": {"name": "mine", "labels": "ab"}}, "task.labels is 'ab'"),
         ({"origin": {"data": "x"}}, "origin.data_content is missing"),
