@@ -192,7 +192,9 @@ def report(workdir: Path, num_steps: int, output: Path) -> None:
         "",
         f"Words, {num_steps:,} steps of {TOKENS_PER_STEP} tokens for each model "
         f"({num_steps / STEPS_PER_EPOCH:.1f} epochs). Perplexity of the validation text, each of its tokens once, at "
-        "the best evaluation and at the last one; time is that of training alone, at the run's median rate.",
+        "the best evaluation, which flatters it, and at the last one; time is that of training alone, at the run's "
+        "median rate. The LSTM reads the validation text on and on, as in training; the others read it in rows, as in "
+        "training, and see nothing of the row before.",
         "",
         "| model | source | parameters | valid loss (nats) | perplexity | at the end | tokens/s | time |",
         "|---|---|---|---|---|---|---|---|",
