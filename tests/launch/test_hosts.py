@@ -1,4 +1,5 @@
 """Two hosts of two devices each take the steps that one device takes, and go on on other devices where they stopped.
+They evaluate every held-out example once.
 
 Of every family, from text to losses. Each host is a process of its own: this file, run as
 ``python test_hosts.py HOST ADDRESS FOLDER``.
@@ -20,15 +21,23 @@ import pytest
 from conftest import Process
 
 from bert_flax import config as bert
+from bert_flax.finetune.batches import PackedUnits
+from bert_flax.finetune.config import FinetuneConfig, FinetuneInputs
+from bert_flax.finetune.examples import TextExample
+from bert_flax.finetune.inputs import encode_texts
+from bert_flax.finetune.predictions import predict
+from bert_flax.finetune.task import Labelled, make_evaluator, make_model
+from bert_flax.finetune.tasks import TASKS
 from bert_flax.pretrain import make_task as make_bert
 from core_flax import sharding
 from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, MeshConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from core_flax.data.records import PassageStore
+from core_flax.evaluate import make_collect, make_evaluate
 from core_flax.params import leaves
 from core_flax.program import make_program
 from core_flax.text.sentencepiece_model import SentencePiece
-from core_flax.text.wordpiece import WordPiece
+from core_flax.text.wordpiece import SPECIALS, WordPiece
 from lm_flax import config as lm
 from lm_flax import prepare as lm_text
 from lm_flax.model import GPT2Config
@@ -40,6 +49,7 @@ from seq2seq_flax.pairs import PairStore
 from seq2seq_flax.task import make_task as make_seq2seq
 
 STEPS, SAVED, B, HOSTS = 5, 3, 8, 2
+NUM_EXAMPLES = 13
 SECONDS = 900
 """After which a job that does not end counts as hanging: no measure of speed, machines are slow at times."""
 HURRY = {"xla_backend_optimization_level": 0}
@@ -135,11 +145,32 @@ def train_on_this_host(folder, family):
     return {f"first {k}": v for k, v in run.found.items()} | {f"again {k}": v for k, v in again.go_on().items()}
 
 
+def evaluated(mesh):
+    """Figures of an untrained classifier on examples whose number neither batches nor devices divide, and its shares.
+
+    That each example is predicted once is asserted where they are put together.
+    """
+    vocabulary, spec = WordPiece([*SPECIALS, *"abcdefgh"]), TASKS["cola"]
+    model = bert.BertConfig(vocab_size=vocabulary.num_tokens, max_length=16, init_stddev=0.5, **SIZES)
+    inputs, train = FinetuneInputs(max_length=16), TrainConfig(batch_size=4)
+    config = FinetuneConfig(model=model, inputs=inputs, train=train)
+    examples = [TextExample(str(n), " ".join("abcdefgh"[: n % 8 + 1]), None, n % 2) for n in range(NUM_EXAMPLES)]
+    held_out = Labelled(examples, encode_texts(examples, vocabulary, 16))
+    module, ways = make_model(spec, model), sharding.ways_of_batch(mesh)
+    evaluator = make_evaluator(config, spec, module, held_out, ways)
+    with jax.set_mesh(mesh):
+        init = jax.jit(module.init, out_shardings=sharding.replicated(mesh))
+        params = init(jax.random.key(0), next(PackedUnits(held_out.units, 16).in_order(4)))["params"]
+    found = predict(spec, examples, held_out.units, make_collect(evaluator, mesh)(params), inputs)
+    return make_evaluate(evaluator, mesh)(params) | {"shares": np.array(found.probabilities)}
+
+
 def be_a_host(host, address, folder):
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"  # conftest asks for four; JAX looks only now
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, HOSTS, int(host), initialization_timeout=SECONDS)
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (HOSTS, 4, 2)
+    np.savez(f"{folder}/evaluated-{host}.npz", **evaluated(sharding.make_mesh(MeshConfig(**DATA))))
     for family in FAMILIES:
         np.savez(f"{folder}/{family}-{host}.npz", **train_on_this_host(Path(folder), family))
 
@@ -250,6 +281,16 @@ def test_what_two_hosts_saved_goes_on_on_four_devices(folder, family):
     found = Run(folder, name, GRID, jax.devices()[:4]).go_on()
     check([found], expected)
     check_params([found], hosts)
+
+
+def test_two_hosts_evaluate_every_example_once(folder):
+    alone = evaluated(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert alone["total"] == NUM_EXAMPLES and 0 < alone["accuracy"] < 100
+    for host in range(HOSTS):
+        found = dict(np.load(folder / f"evaluated-{host}.npz"))
+        assert found.keys() == alone.keys()
+        for name, figure in alone.items():
+            np.testing.assert_allclose(found[name], figure, atol=1e-5, err_msg=name)
 
 
 if __name__ == "__main__":
