@@ -61,7 +61,8 @@ def check_range(
             continue
         option = f"{section}.{name}".removeprefix(".").replace("_", "-")
         or_none = ", or None" if type(None) in typing.get_args(typing.get_type_hints(type(config))[name]) else ""
-        raise UserError(f"--{option} {value}: must be {' and '.join(words for words, _, _ in given)}{or_none}")
+        wanted = " and ".join(words for words, _, _ in given) or "a finite number"
+        raise UserError(f"--{option} {value}: must be {wanted}{or_none}")
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints that stay."""
     keep_best: int = 1
-    """Checkpoints with the best held-out loss that stay besides; 0: none."""
+    """Checkpoints with the best held-out loss, or the best metric of a task, that stay besides; 0: none."""
 
     FREE: ClassVar = frozenset({"every_steps", "every_minutes", "keep_last", "keep_best"})
 
@@ -309,8 +310,10 @@ def save(path: Path, kind: str, config: Any, **extra: Any) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def load(path: Path, kinds: str | Collection[str], **extra: type) -> dict[str, Any]:
+def load(path: Path, kinds: str | Collection[str], **extra: type | types.UnionType) -> dict[str, Any]:
     """Read what ``save`` wrote; ``extra`` are the types of what it was given besides the config.
+
+    What is absent is None where the type allows it.
 
     Raises:
       UserError: it is missing, damaged, of another kind or of another format.
@@ -333,6 +336,8 @@ def load(path: Path, kinds: str | Collection[str], **extra: type) -> dict[str, A
     if stored.get("format") != CONFIG_FORMAT:
         raise UserError(f"{path} has format {stored.get('format')}; this version reads format {CONFIG_FORMAT}")
     for name, hint in {"config": dict, **extra}.items():
+        if type(None) in typing.get_args(hint):
+            stored.setdefault(name, None)
         if name not in stored:
             raise UserError(f"{path} lacks {name}; {remedy}")
         if not _is_a(hint, stored[name]):
