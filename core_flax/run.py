@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -51,13 +52,13 @@ class Run(Generic[C]):
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, workdir: str | Path, kinds: Mapping[str, type[C]], **facts: type) -> "Run[C]":
+    def load(cls, workdir: str | Path, kinds: Mapping[str, type[C]], **facts: type | UnionType) -> "Run[C]":
         """The run in a folder.
 
         Args:
           workdir: the folder.
           kinds: the class of the settings, by kind of run.
-          facts: types of what the family notes.
+          facts: types of what the family notes; with None among them, of what it may not have noted.
 
         Raises:
           UserError: the folder holds none of these kinds of run, or it is damaged.

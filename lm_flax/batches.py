@@ -20,8 +20,8 @@ class Rows:
     Args:
       tokens_T: the text.
       ends: where its documents end, ascending.
-      before: what stands before its first token: the token that ends documents. None: nothing does, and then the first
-        token is not predicted.
+      before: what stands before its first token, and before that of each document which is told apart: the token that
+        ends documents, unless a model has another. None: nothing does, and then the first token is not predicted.
       inputs: what a row is.
     """
 
@@ -64,6 +64,9 @@ class Rows:
             return batch
         document_BL = np.searchsorted(self._starts, place_BL, side="right") - 1
         first_BL = np.maximum(self._starts[document_BL], place_BL[:, :1])
+        if self._before is not None:
+            is_first_BL = real_BL & (place_BL == self._starts[document_BL])
+            batch["tokens"] = np.where(is_first_BL, np.int32(self._before), batch["tokens"])
         sequences_BL = np.where(real_BL, 1 + document_BL - document_BL[:, :1], 0)
         positions_BL = np.where(real_BL, place_BL - first_BL, 0)
         return batch | {"sequences": sequences_BL.astype(np.int32), "positions": positions_BL.astype(np.int32)}

@@ -12,6 +12,7 @@ from core_flax.types import UserError
 from lm_flax import runs
 from lm_flax.architectures import make_model
 from lm_flax.config import Word2VecRun, check_rows
+from lm_flax.generate import start_of
 from lm_flax.task import make_evaluator
 from lm_flax.word2vec_task import make_task as make_word2vec_task
 
@@ -63,7 +64,7 @@ def evaluate(command: EvaluateCommand) -> None:
         return
     run = _as_asked(run, command)
     model = make_model(run.config.model, compute_dtype(run.config.train.compute_dtype))
-    evaluator = make_evaluator(run.config, model, text, tokenizer.end_id, command.stride)
+    evaluator = make_evaluator(run.config, model, text, start_of(run, tokenizer), command.stride)
     metrics, step = run_evaluate(run, evaluator, command.step)
     runs.print_held_out(metrics, step, train, text, tokenizer)
 

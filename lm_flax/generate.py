@@ -31,18 +31,20 @@ class Generator:
       params: its parameters.
       tokenizer: the one it was trained with.
       context: tokens that it can take; None: any number.
+      start_id: what stands before every text (``start_of``); None: nothing does.
     """
 
     model: Any
     params: Params
     tokenizer: Tokenizer
     context: int | None
+    start_id: int | None
 
     @classmethod
     def of(cls, run: Run[Any], tokenizer: Tokenizer, step: int | None = None) -> "Generator":
         """From a checkpoint of a run, the newest if step is None."""
         model = make_model(run.config.model, compute_dtype(run.config.train.compute_dtype))
-        return cls(model, run.params(step)[0], tokenizer, context(run.config.model))
+        return cls(model, run.params(step)[0], tokenizer, context(run.config.model), start_of(run, tokenizer))
 
     def encode(self, prompt: str, where: str = "the prompt") -> np.ndarray:
         """A prompt's tokens, after the one that stands before every text; at least one. Raises UserError if it cannot.
@@ -54,17 +56,25 @@ class Generator:
             ids = self.tokenizer.encode(prompt)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        if self.tokenizer.end_id is not None:
-            return np.concatenate([np.array([self.tokenizer.end_id], np.int32), ids])
-        return ids if len(ids) else first_token(self.tokenizer)
+        if self.start_id is None and len(ids):
+            return ids
+        return np.concatenate([self.first_token, ids])
+
+    @property
+    def first_token(self) -> np.ndarray:
+        """What stands before a text, int32 [1]: the start, else a line's end, else token 0."""
+        if self.start_id is not None:
+            return np.array([self.start_id], np.int32)
+        try:
+            return self.tokenizer.encode("\n")[-1:]
+        except UserError:
+            return np.zeros(1, np.int32)
 
 
-def first_token(tokenizer: Tokenizer) -> np.ndarray:
-    """What stands before a text where the vocabulary has no end of documents: a line's end, else token 0; int32 [1]."""
-    try:
-        return tokenizer.encode("\n")[-1:]
-    except UserError:
-        return np.zeros(1, np.int32)
+def start_of(run: Run[Any], tokenizer: Tokenizer) -> int | None:
+    """The token that stands before every text: the one that ends documents, unless an imported model has another."""
+    found = run.facts.get("start_id")
+    return tokenizer.end_id if found is None else found
 
 
 @dataclass(frozen=True)
@@ -173,9 +183,9 @@ def _new_tokens(
 
 
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """(the text before the first of the stop texts in it, whether there is one)."""
-    found = [place for each in stop if (place := text.find(each)) >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+    """(the text before that of the stop texts in it which is complete first, whether there is one)."""
+    found = [(place + len(each), place) for each in stop if (place := text.find(each)) >= 0]
+    return (text[: min(found)[1]], True) if found else (text, False)
 
 
 def stream_text(generator: Generator, prompt: np.ndarray, number: int, how: Continuation) -> Iterator[str]:

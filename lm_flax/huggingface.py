@@ -110,12 +110,24 @@ def load_pretrained(folder: str | Path) -> Pretrained:
     )
 
 
-def save_pretrained(folder: str | Path, config: ModelConfig, params: Params) -> None:
-    """Write a folder that transformers loads, with every array of params bit for bit. Files there are replaced."""
+def save_pretrained(
+    folder: str | Path, config: ModelConfig, params: Params, start_id: int | None = None, end_id: int | None = None
+) -> None:
+    """Write a folder that transformers loads, with every array of params bit for bit. Files there are replaced.
+
+    Args:
+      folder: where to.
+      config: the architecture.
+      params: the parameters.
+      start_id: the token before a text; None: none.
+      end_id: the token that ends a text, at which their ``generate`` stops; None: none.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / SAFETENSORS, arrays_from(params, config))
-    text = json.dumps(their_config(config), indent=2, sort_keys=True)
+    # Where these are missing they take those of the published vocabularies.
+    marks = {"bos_token_id": start_id, "eos_token_id": end_id}
+    text = json.dumps(their_config(config) | marks, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,7 @@
 """Models of Hugging Face's in and out. What is imported is a run's folder with one checkpoint, of step 0."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +14,13 @@ from core_flax.config import CheckpointConfig, TrainConfig
 from core_flax.run import CHECKPOINTS, Run, new_folder
 from core_flax.state import TrainState
 from core_flax.types import UserError
+from core_flax.weight_files import read_json
 from lm_flax import runs, tokenizers
 from lm_flax.config import GPT2Run, InputsConfig, LlamaRun, kind_of
-from lm_flax.huggingface import load_pretrained, save_pretrained
+from lm_flax.generate import start_of
+from lm_flax.huggingface import CONFIG, load_pretrained, save_pretrained
 from lm_flax.model import GPT2Config
+from lm_flax.tokenizers import BytePairs, Pieces, Tokenizer
 
 
 def import_hf(folder: str, output: str) -> None:
@@ -38,9 +43,9 @@ def import_hf(folder: str, output: str) -> None:
     checkpoints = Checkpoints(home / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, pretrained.params), {}))
     checkpoints.close()
-    facts = {"tokenizer_file": tokenizer.file}
-    # There is no data yet: the folder named is one that whoever trains or evaluates will be asked for.
-    run = Run(home, kind_of(config), config, home / "data", "", tokenizer.fingerprint, facts)
+    facts = {"tokenizer_file": tokenizer.file, "start_id": _start(Path(folder), tokenizer)}
+    # There is no data: the folder named is one that whoever evaluates will be asked for.
+    run = Run(home, kind_of(config), config, storage.absolute(home) / "data", "", tokenizer.fingerprint, facts)
     run.save(tokenizer.file, tokenizer.save)
     print(f"{output}: {_size(model, pretrained.params)}")
     for line in pretrained.report.lines():
@@ -60,11 +65,25 @@ def export_hf(workdir: str, output: str, step: int | None) -> None:
     params, step = run.params(step)
     arrays = jax.tree.map(np.asarray, dict(params))
     with storage.filling(home) as folder:
-        save_pretrained(folder, run.config.model, arrays)
+        save_pretrained(folder, run.config.model, arrays, start_of(run, tokenizer), tokenizer.end_id)
         tokenizer.save(folder / tokenizer.file)
+        if about := tokenizers.about(tokenizer, start_of(run, tokenizer)):
+            text = json.dumps(about, indent=2, ensure_ascii=False)
+            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     print(f"{output}: {_size(run.config.model, arrays)}, step {step}")
     if not tokenizers.is_common(tokenizer):
         print(f"  {tokenizer.file} is ours: transformers has no tokenizer of this kind")
+
+
+def _start(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """The token that stands before every text of theirs, if that is not what ends one, as it is in GPT-2."""
+    if not isinstance(tokenizer, BytePairs | Pieces):
+        return None
+    found = tokenizer.start_id
+    if isinstance(tokenizer, Pieces):  # such a file does not say whether it is used
+        found = read_json(folder / CONFIG).get("bos_token_id", found)
+    is_other = isinstance(found, int) and 0 <= found < tokenizer.num_tokens and found != tokenizer.end_id
+    return found if is_other else None
 
 
 def _size(config: Any, params: Any) -> str:

@@ -89,7 +89,7 @@ COMMANDS: dict[type[AnyRun], type] = {cls.__mro__[2]: cls for cls in TrainComman
 
 def load_run(workdir: str | Path) -> tuple[Run[Any], Tokenizer]:
     """A run, or an imported model, and its tokenizer. Raises UserError if the folder holds neither."""
-    run = Run.load(workdir, KINDS, tokenizer_file=str)
+    run = Run.load(workdir, KINDS, tokenizer_file=str, start_id=int | None)
     file = run.facts["tokenizer_file"]
     tokenizer = tokenizers.load(run.workdir / file)
     run.check_tokenizer(file, tokenizer.fingerprint)
@@ -151,6 +151,8 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
         check_rows(asked)
     with only_run(workdir / LOCK, busy(workdir)):
         old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
+        if old and not old.content:
+            raise UserError(f"{workdir} holds an imported model, which is not trained on; give another --workdir")
         if old:
             data = old.data_folder(command.data)
         else:

@@ -13,7 +13,7 @@ from core_flax.config import check_range
 from core_flax.data import corpora
 from core_flax.run import Run
 from core_flax.types import Array, Params, UserError
-from lm_flax.generate import Generator, first_token
+from lm_flax.generate import Generator
 from lm_flax.tokenizers import Tokenizer
 
 _LEAST_LENGTH = 16
@@ -74,10 +74,8 @@ def _encode(generator: Generator, text: str, where: str) -> np.ndarray:
 
 def log_probs(generator: Generator, texts: Sequence[np.ndarray], batch_size: int = 16) -> list[float]:
     """The log-probability, in nats, of each text's tokens after the token that stands before every text."""
-    end_id = generator.tokenizer.end_id
-    before = first_token(generator.tokenizer) if end_id is None else np.array([end_id], np.int32)
-    sums = np.zeros(len(texts))
-    rows = [(number, *row) for number, ids in enumerate(texts) for row in _rows(before, ids, generator.context)]
+    before, most, sums = generator.first_token, generator.context, np.zeros(len(texts))
+    rows = [(number, *row) for number, ids in enumerate(texts) for row in _rows(before, ids, most)]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         length = _LEAST_LENGTH

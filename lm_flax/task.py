@@ -14,7 +14,7 @@ from core_flax.data.feed import prefetch
 from core_flax.hardware import compute_dtype
 from core_flax.losses import vocabulary_sums
 from core_flax.task import Cost, Evaluator, MetricSums, Task
-from core_flax.types import Array, Batch, Params, Sums
+from core_flax.types import Array, Batch, Params, Sums, UserError
 from lm_flax.architectures import ARCHITECTURES, context, init_params, make_model, soft_cap
 from lm_flax.batches import Rows, TextBatches, in_order
 from lm_flax.config import AnyLM
@@ -29,10 +29,10 @@ def make_task(config: AnyLM, train: TokenStore, held_out: TokenStore | None, bef
       config: its settings.
       train: text to train on.
       held_out: text to evaluate on, if there is any.
-      before: the token that ends documents (Tokenizer.end_id).
+      before: the token that ends documents (Tokenizer.end_id), and so stands before each.
 
     Raises:
-      UserError: the text is shorter than one row.
+      UserError: the text is shorter than one row, or nothing of the held-out text is predicted.
     """
     batch_size, inputs = config.train.batch_size, config.inputs
     if inputs.order == "streams":
@@ -150,8 +150,11 @@ def make_evaluator(
       config: the settings.
       model: the module.
       held_out: the text to evaluate on.
-      before: as in make_task.
+      before: the token that stands before each document, and before the text.
       stride: as in ``batches.in_order``; not for streams, of which nothing is forgotten.
+
+    Raises:
+      UserError: nothing of the text is predicted.
     """
     # What fits in training fits in evaluation; the tokens are the same in whatever portions.
     portions = config.train.num_microbatches
@@ -165,6 +168,8 @@ def make_evaluator(
         )
     else:
         rows = Rows(held_out.tokens_T, held_out.ends, before, config.inputs)
+        if not rows.num_predicted:
+            raise UserError("the held-out text is one token, which nothing stands before to predict it: hold out more")
         batches = partial(in_order, rows, num_rows, most, stride)
 
     def metric_sums(params: Params, batch: Batch) -> Any:

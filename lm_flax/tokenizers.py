@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer as PackageTokenizer
@@ -208,6 +208,12 @@ class BytePairs:
         """See Tokenizer."""
         return _sha256(self._tokenizer.to_str())
 
+    @property
+    def start_id(self) -> int | None:
+        """The token that its file puts before every text, as Llama's do; None: none."""
+        ids = self._tokenizer.encode("", add_special_tokens=True).ids
+        return ids[0] if ids else None
+
     def encode(self, text: str, ends: bool = False) -> np.ndarray:
         """See Tokenizer."""
         ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -221,9 +227,13 @@ class BytePairs:
         """See Tokenizer."""
         found = [""] * self.num_tokens
         for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            if token.startswith("Ġ") and len(token) > 1:  # how a space before a word is written
+            if token.startswith(("Ġ", "▁")) and len(token) > 1:  # how a space before a word is written
                 found[number] = self._tokenizer.decode([number]).strip()
         return found
+
+    def token(self, number: int) -> str:
+        """How the file writes a token."""
+        return self._tokenizer.id_to_token(number) or ""
 
     def save(self, path: Path) -> None:
         """See Tokenizer."""
@@ -240,8 +250,9 @@ class Pieces:
     file, is_words = MODEL, False
 
     def __init__(self, model: SentencePiece) -> None:
-        self._model, self.num_tokens = model, model.num_tokens
+        self._model, self.num_tokens, self.start_id = model, model.num_tokens, model.bos_id
         self.end_id: int | None = model.eos_id
+        self.unk_id = model.unk_id
 
     @property
     def fingerprint(self) -> str:
@@ -260,6 +271,10 @@ class Pieces:
         """See Tokenizer."""
         pieces = self._model.pieces(range(self.num_tokens))
         return [piece[1:] if piece.startswith("▁") else "" for piece in pieces]
+
+    def token(self, number: int) -> str:
+        """How the model writes a token."""
+        return self._model.pieces([number])[0]
 
     def save(self, path: Path) -> None:
         """See Tokenizer."""
@@ -304,6 +319,23 @@ def is_common(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer, BytePairs | Pieces)
 
 
+def about(tokenizer: Tokenizer, start_id: int | None) -> dict[str, Any]:
+    """What tokenizer_config.json says of a tokenizer, so that transformers reads its file as we do; {} if it cannot.
+
+    Their LlamaTokenizer makes the same tokens of a SentencePiece model but where that changes the text: several spaces,
+    characters of another form, and such as it does not know.
+    """
+    if isinstance(tokenizer, Pieces):
+        name: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+        name["unk_token"] = tokenizer.token(tokenizer.unk_id)
+    elif isinstance(tokenizer, BytePairs):
+        name = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        return {}
+    marks = {"bos_token": start_id, "eos_token": tokenizer.end_id}
+    return name | {mark: tokenizer.token(number) for mark, number in marks.items() if number is not None}
+
+
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer in a file, or in a folder: ours, a tokenizer.json, vocab.json beside merges.txt, or a .model.
 
@@ -344,7 +376,10 @@ def _load_json(path: Path) -> Tokenizer:
         stored = json.loads(text)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read the tokenizer {path}: {why}") from error
+        raise UserError(
+            f"cannot read the tokenizer {path} ({why}); give a tokenizer.json, a vocab.json beside its merges.txt, or "
+            "a .model"
+        ) from error
     try:
         if stored.get("kind") == "char":
             return Characters(stored["characters"], stored["has_end"])

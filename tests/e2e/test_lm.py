@@ -159,15 +159,19 @@ def test_score(home, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama_150m"])
-def test_models_go_out_and_come_back(home, tmp_path, preset):
+def test_models_go_out_and_come_back(home, tmp_path, preset, monkeypatch):
     changes = {"inputs__length": 16, "model__max_length": 32, "train__num_steps": 3}
     changes |= {"model__num_kv_heads": 1} if preset == "llama_150m" else {}
     right(*train(tmp_path / "run", home / "bpe", preset, **changes))
     right("export-hf", "--workdir", tmp_path / "run", "--output", tmp_path / "hf")
-    assert right("import-hf", tmp_path / "hf", "--output", tmp_path / "back").startswith(str(tmp_path / "back"))
+    monkeypatch.chdir(tmp_path)
+    assert right("import-hf", "hf", "--output", "back").startswith("back: ")
     assert params(tmp_path / "run") == params(tmp_path / "back")
     told = right("evaluate", "--workdir", tmp_path / "back", "--data", home / "bpe", "--length", 16)
     assert told.splitlines()[1:] == right("evaluate", "--workdir", tmp_path / "run").splitlines()[1:]
+    assert f"data folder {tmp_path / 'back' / 'data'}, which" in refused("evaluate", "--workdir", "back")
+    again = train(tmp_path / "back", home / "bpe", preset, **changes)
+    assert "holds an imported model, which is not trained on" in refused(*again)
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "describes a model of type 'bert'" in refused("import-hf", tmp_path / "hf", "--output", tmp_path / "no")
 

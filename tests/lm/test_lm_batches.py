@@ -69,6 +69,16 @@ def test_in_order_every_token_counts_once(before, stride):
     assert context[LENGTH + first :].min() >= LENGTH - step
 
 
+def test_before_every_document_stands_the_same():
+    """Where an imported model begins texts with another token than the one that ends them."""
+    ids, ends = np.array([4, 5, 9, 6, 9, 7, 8, 9]), np.array([3, 5, 8])
+    batch = Rows(ids, ends, 1, InputsConfig(length=3)).at(np.arange(3) * 3)
+    assert batch["tokens"].tolist() == [[1, 4, 5], [1, 6, 1], [7, 8, 0]]
+    assert batch["labels"].tolist() == [[4, 5, 9], [6, 9, 7], [8, 9, 0]]
+    stream = Rows(ids, ends, 1, InputsConfig(length=3, packing="stream")).at(np.arange(3) * 3)
+    assert stream["tokens"].tolist() == [[1, 4, 5], [9, 6, 9], [7, 8, 0]]
+
+
 def test_in_order_stops_where_it_is_told():
     assert len(list(in_order(rows(), 2, max_batches=2))) == 2
     assert len(list(in_order(rows(length=64), 2))) == 1

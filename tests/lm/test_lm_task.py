@@ -149,7 +149,7 @@ def test_the_unigram_model():
 @functools.cache
 def generator(kind="gpt2"):
     config = CONFIG_OF[kind].model
-    return Generator(model_of(config), random_params(config), CHARACTERS, getattr(config, "max_length", None))
+    return Generator(model_of(config), random_params(config), CHARACTERS, getattr(config, "max_length", None), END)
 
 
 def naive(made, prompt, count):
@@ -189,7 +189,7 @@ def test_what_is_drawn_is_a_rows_own():
 
 
 def test_a_window_slides_over_what_is_too_long():
-    made = dataclasses.replace(generator(), tokenizer=Characters(LETTERS, has_end=False))
+    made = dataclasses.replace(generator(), tokenizer=Characters(LETTERS, has_end=False), start_id=None)
     how = Continuation(40, GREEDY, long="slide")
     long = np.arange(30, dtype=np.int32)
     *_, (row,) = continue_texts(made, [long], [0], how, portion=40)
@@ -210,6 +210,8 @@ def test_a_window_slides_over_what_is_too_long():
 
 def test_stop_texts():
     assert cut_at("abcdef", ("ef", "cd")) == ("ab", True)
+    # One that is complete before a longer one around it, as it would be token by token.
+    assert cut_at("xabc", ("abc", "b")) == ("xa", True)
     made, free = generator(), Continuation(8, GREEDY)
     (whole,) = generate_texts(made, PROMPTS[:1], [0], free)
     stop = whole[3:5]
@@ -234,6 +236,16 @@ def test_long_texts_are_scored_from_half_a_context():
         start = 0 if place < 16 else (place - 16) // 8 * 8 + 8
         total -= plain_nll(GPT2, made.params, ids[start : place + 1], read[start])[-1]
     np.testing.assert_allclose(log_probs(made, [ids]), [total], rtol=1e-5)
+
+
+@pytest.mark.parametrize("before", [None, END])
+def test_a_held_out_text_of_one_token(before):
+    """Where nothing stands before it, it cannot be predicted."""
+    if before is None:
+        with pytest.raises(UserError, match="the held-out text is one token"):
+            make_evaluator(GPT2, model_of(GPT2.model), text(1), before)
+    else:
+        assert sum(batch["weights"].sum() for batch in make_evaluator(GPT2, None, text(1), before).batches()) == 1
 
 
 def test_rows_that_the_model_cannot_read_are_refused():

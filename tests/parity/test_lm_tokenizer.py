@@ -2,10 +2,17 @@
 
 import json
 import random
+from functools import partial
 
+import jax
+import numpy as np
 import pytest
 
 from lm_flax import tokenizers
+from lm_flax.architectures import init_params, make_model
+from lm_flax.huggingface import save_pretrained
+from lm_flax.llama import LlamaConfig
+from lm_flax.model import GPT2Config
 from lm_flax.tokenizers import train_byte_pairs
 
 pytestmark = pytest.mark.parity
@@ -46,3 +53,27 @@ def test_ids_are_theirs(files, name):
         assert ours.decode(ours.encode(text)) == text
     assert ours.encode("a", ends=True).tolist() == [*theirs("a")["input_ids"], theirs.eos_token_id]
     assert ours.end_id not in ours.encode("a <|endoftext|> b")  # no text can end a document
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_what_is_exported_reads_texts_as_it_did(tmp_path, model, kind):
+    """Of characters that are known, with one space between words: what SentencePiece makes of others is its own."""
+    text = "the old dog saw the farmer's café, and it was said: the dog is old.\nIt fell so\n\nover the bridge"
+    train = tokenizers.train_byte_pairs if kind == "bpe" else tokenizers.train_pieces
+    made = train([text] * 20, 300 if kind == "bpe" else 60)
+    sizes = {"vocab_size": made.num_tokens, "num_layers": 1, "width": 8, "num_heads": 2, "mlp_width": 8}
+    config = GPT2Config(**sizes) if model == "gpt2" else LlamaConfig(**sizes, num_kv_heads=2)
+    shapes = jax.eval_shape(partial(init_params, make_model(config)), jax.random.key(0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    save_pretrained(tmp_path, config, params, made.end_id, made.end_id)
+    made.save(tmp_path / made.file)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizers.about(made, made.end_id)))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for part in (text, "the bridge", "it was", "farmer's\nIt"):
+        assert theirs(part, add_special_tokens=False)["input_ids"] == made.encode(part).tolist(), part
+    assert theirs.eos_token_id == theirs.bos_token_id == made.end_id
+    if kind == "sentencepiece":
+        assert theirs("the")["input_ids"] == [made.end_id, *made.encode("the")]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert loaded.eos_token_id == loaded.bos_token_id == made.end_id
