@@ -82,6 +82,8 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     from core_flax import storage
 
     command = parse(TASKS["mrpc"])
+    if command.keep_head:
+        raise UserError("--keep-head goes with one task: those of GLUE have different heads")
     home = storage.folder("--workdir", command.workdir)
     wanted = {"train", "dev"}
     there = dict.fromkeys(GLUE, tuple(wanted)) if command.data.startswith(TFDS) else glue_tasks(Path(command.data))

@@ -192,6 +192,7 @@ def test_tasks_that_cannot_be(model, glue, tmp_path):
         *arguments("custom", "tfds:imdb", tmp_path, init=model, columns="text=text,label=label")
     )
     assert "names no label" in refused(*arguments("custom", glue, tmp_path, init=model, columns="text=a"))
+    assert "--keep-head goes with one task" in refused(*arguments("glue", glue, tmp_path, "--keep-head", init=model))
     assert "holds no task of GLUE" in refused(*arguments("glue", tmp_path / "x", tmp_path, init=model))
     assert "RTE is the folder of task rte" in refused(*arguments("mrpc", glue / "RTE", tmp_path, init=model))
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from bert_flax.finetune import spans
+from bert_flax.finetune.examples import QuestionExample
+from bert_flax.finetune.predict import _show
+from bert_flax.finetune.predictions import Predictions
 from bert_flax.finetune.spans import Candidate, Context, RankedAnswers, Window, WindowLogits
+from bert_flax.finetune.tasks import TASKS
 from core_flax.metrics import squad
 from core_flax.text.wordpiece import WordPiece
 
@@ -217,13 +221,15 @@ def test_the_threshold_chosen_on_dev_gives_the_score_that_was_promised():
     assert 0 < sum(text == "" for text in spans.predictions(ranked, threshold).values()) < 40
 
 
-def test_a_context_without_tokens_has_no_answer():
+def test_a_context_without_tokens_has_no_answer(capsys):
     found = spans.best_answers(encode("\u200b \n"), [WindowLogits(Window(0, 0), np.zeros(0), np.zeros(0), -3.0)])
     assert found == RankedAnswers((), -3.0)
     assert found.choose() == found.choose(1e6) == ""
     assert spans.n_best_lists({"q": found}, with_null=True) == {"q": [{"text": "", "null_score": -3, "probability": 1}]}
     assert spans.n_best_lists({"q": found}, with_null=False) == {"q": []}
     json.dumps(spans.null_odds({"q": found}), allow_nan=False)
+    _show(TASKS["squad"], QuestionExample("q", "Who?", "\u200b \n", (), False), Predictions([""], [], {"q": found}))
+    assert capsys.readouterr().out == "(no answer)\n"
 
 
 def test_files(tmp_path):
