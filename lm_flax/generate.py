@@ -14,7 +14,7 @@ from core_flax.data import corpora
 from core_flax.hardware import compute_dtype
 from core_flax.run import Run
 from core_flax.sampling import GREEDY, Sampling
-from core_flax.types import Params, UserError
+from core_flax.types import Array, Params, UserError
 from lm_flax.architectures import context, make_model
 from lm_flax.tokenizers import Tokenizer
 
@@ -84,7 +84,8 @@ class Continuation:
     Attributes:
       max_new_tokens: tokens to add at most.
       sampling: how they are chosen.
-      seed: of what is drawn; what a row gets depends on its number, not on the others (but where the context slides).
+      seed: of what is drawn; what a row gets depends on its number, not on the others, as long as those whose context
+        slides are of one length (``batches``).
       stop: texts at which a row ends; they are left out.
       long: what to do if prompt and new tokens exceed the context: "refuse", or "slide": forget the older half of the
         context whenever it is full.
@@ -133,20 +134,34 @@ def continue_texts(
     written = [np.zeros(0, np.int32) for _ in prompts]
     keys_B = decode.row_keys(how.seed, jnp.array(numbers))
     stop = () if generator.tokenizer.end_id is None else (generator.tokenizer.end_id,)
-    ended_B, num_rounds = np.zeros(len(prompts), bool), 0
+    ended_B, num_rounds, allowed_V = np.zeros(len(prompts), bool), 0, _known(generator)
     while not ended_B.all() and (left := how.max_new_tokens - max(map(len, written))) > 0:
         read = [np.concatenate(both) for both in zip(prompts, written, strict=True)]
         read, room = _fit(read, left, generator.context)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, num_rounds)
         now, before = _begin(generator, read, keys, ended_B, room), written
         for _ in range(0, room, portion):
-            now = decode.proceed(generator.model, generator.params, now, portion, sampling=how.sampling, stop=stop)
+            now = decode.proceed(
+                generator.model,
+                generator.params,
+                now,
+                portion,
+                sampling=how.sampling,
+                stop=stop,
+                allowed_V=allowed_V,
+            )
             new, ended_B = _new_tokens(now, stop, ended_B)
             written = [np.concatenate(both) for both in zip(before, new, strict=True)]
             yield written
             if ended_B.all():
                 return
         num_rounds += 1
+
+
+def _known(generator: Generator) -> Array | None:
+    """Which tokens the tokenizer has, bool [V], where the model's tables are padded; None: all."""
+    num_tokens, num_entries = generator.tokenizer.num_tokens, generator.model.config.vocab_size
+    return jnp.arange(num_entries) < num_tokens if num_tokens < num_entries else None
 
 
 def _fit(read: list[np.ndarray], left: int, most: int | None) -> tuple[list[np.ndarray], int]:
@@ -229,6 +244,25 @@ def _behind(generator: Generator, prompt: np.ndarray, new: np.ndarray, before: s
     return generator.tokenizer.decode(np.concatenate([prompt, new]))[len(before) :]
 
 
+def batches(prompts: Sequence[np.ndarray], how: Continuation, most: int | None, batch_size: int) -> Iterator[range]:
+    """The numbers of the prompts in batches, in each of which a prompt goes on as it would alone.
+
+    Rows slide together, when the first is full: so those whose context slides go with others of their length alone.
+    """
+
+    def slides(prompt: np.ndarray) -> int:
+        """The prompt's length if its context slides, else 0."""
+        return len(prompt) if most is not None and len(prompt) + how.max_new_tokens - 1 > most else 0
+
+    start = 0
+    while start < len(prompts):
+        stop = start + 1
+        while stop < min(len(prompts), start + batch_size) and slides(prompts[stop]) == slides(prompts[start]):
+            stop += 1
+        yield range(start, stop)
+        start = stop
+
+
 def print_sample(run: Run[Any], tokenizer: Tokenizer, num_tokens: int) -> None:
     """A text of the run's own, from nothing."""
     generator = Generator.of(run, tokenizer)
@@ -305,13 +339,11 @@ def run_command(command: GenerateCommand, run: Run[Any], tokenizer: Tokenizer) -
             print(piece, end="", flush=True)
         print()
         return
-    for start in range(0, len(jobs), command.batch_size):
-        part = jobs[start : start + command.batch_size]
-        numbers = range(start, start + len(part))
-        new = generate_texts(generator, [prompt for _, prompt in part], numbers, how)
-        for number, (text, _), following in zip(numbers, part, new, strict=True):
+    for numbers in batches([prompt for _, prompt in jobs], how, generator.context, command.batch_size):
+        new = generate_texts(generator, [jobs[number][1] for number in numbers], numbers, how)
+        for number, following in zip(numbers, new, strict=True):
             prompt, sample = divmod(number, command.num_samples)
-            print(f"--- prompt {prompt + 1}, sample {sample + 1}\n{text}{following}", flush=True)
+            print(f"--- prompt {prompt + 1}, sample {sample + 1}\n{jobs[number][0]}{following}", flush=True)
 
 
 def _read_prompts(path: str) -> list[str]:

@@ -47,7 +47,8 @@ class PrepareConfig:
     tokenizer: str = "bpe"
     """char: every character of the text is a token; word: words between white space, and <eos> at line ends; bpe:
     byte-level BPE as GPT-2 has it, trained on the text; sentencepiece: SentencePiece's BPE, likewise. Or what to use as
-    it is: a tokenizer.json, GPT-2's vocab.json (merges.txt beside it), a SentencePiece .model, or a folder with one."""
+    it is: a tokenizer.json, GPT-2's vocab.json (merges.txt beside it; or encoder.json and vocab.bpe), a SentencePiece
+    .model, or a folder with one."""
     vocab_size: int | None = None
     """Tokens of the vocabulary that is trained (None: 32000), or of the most frequent words (None: all)."""
     documents: corpora.DocumentMode = "file"

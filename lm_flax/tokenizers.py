@@ -29,6 +29,8 @@ JSON, MODEL = "tokenizer.json", "tokenizer.model"
 END_OF_TEXT, UNKNOWN, END_OF_LINE = "<|endoftext|>", "<unk>", "<eos>"
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 """What ends a document in published vocabularies, the first that there is."""
+_GPT2_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+"""Vocabulary and merges of a byte-level BPE, as transformers and as OpenAI call them."""
 
 
 class Tokenizer(Protocol):
@@ -344,21 +346,22 @@ def load(path: str | Path) -> Tokenizer:
     """
     path = storage.path(path)
     if path.is_dir():
-        there = [path / name for name in (JSON, "vocab.json", MODEL) if (path / name).is_file()]
+        there = [path / name for name in (JSON, *_GPT2_FILES, MODEL) if (path / name).is_file()]
         if not there:
             raise UserError(f"{path} holds no tokenizer: none of {JSON}, vocab.json with merges.txt, or {MODEL}")
         path = there[0]
     if path.suffix == ".model":
         return Pieces(SentencePiece.load(path))
-    if path.name.endswith(("vocab.json", "merges.txt")):
+    if path.name.endswith((*_GPT2_FILES, *_GPT2_FILES.values())):
         return _load_gpt2(path)
     return _load_json(path)
 
 
 def _load_gpt2(path: Path) -> Tokenizer:
-    """GPT-2's own files, which lie beside each other: names that end in vocab.json and merges.txt."""
-    stem = path.name.removesuffix("vocab.json").removesuffix("merges.txt")
-    vocab, merges = (path.with_name(stem + end) for end in ("vocab.json", "merges.txt"))
+    """GPT-2's own files, which lie beside each other; their names end in what one of ``_GPT2_FILES`` has."""
+    ends = next(pair for pair in _GPT2_FILES.items() if path.name.endswith(pair))
+    stem = path.name.removesuffix(ends[0]).removesuffix(ends[1])
+    vocab, merges = (path.with_name(stem + end) for end in ends)
     try:
         tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # the package raises nothing narrower

@@ -21,6 +21,7 @@ from lm_flax.convolution import ConvConfig
 from lm_flax.generate import (
     Continuation,
     Generator,
+    batches,
     check_prompts,
     continue_texts,
     cut_at,
@@ -206,6 +207,31 @@ def test_a_window_slides_over_what_is_too_long():
         check_prompts(made, PROMPTS, where, Continuation(12))
     check_prompts(made, PROMPTS, where, Continuation(11))
     check_prompts(generator("conv"), PROMPTS, where, Continuation(1000))
+
+
+def test_a_batch_whose_context_slides_goes_on_as_each_alone():
+    made, how = generator(), Continuation(24, GREEDY, long="slide")
+    prompts = [*PROMPTS, *(np.array([END, *rest], np.int32) for rest in ([2, 5, 1, 7, 9], [6, 6, 6, 6, 6]))]
+    parts = list(batches(prompts, how, made.context, batch_size=3))
+    assert [number for part in parts for number in part] == list(range(len(prompts)))
+    assert max(map(len, parts)) == 3 and all(len({len(prompts[number]) for number in part}) == 1 for part in parts)
+    for part in parts:
+        *_, rows = continue_texts(made, [prompts[number] for number in part], part, how, portion=24)
+        for number, row in zip(part, rows, strict=True):
+            *_, (alone,) = continue_texts(made, [prompts[number]], [number], how, portion=24)
+            assert row.tolist() == alone.tolist(), number
+    # What does not slide goes together, whatever its length.
+    assert list(batches(PROMPTS, Continuation(8), made.context, 16)) == [range(3)]
+    assert list(batches(PROMPTS, how, None, 2)) == [range(2), range(2, 3)]
+
+
+def test_entries_beyond_the_vocabulary_are_never_drawn():
+    """A table may be padded; the tokenizer knows nothing of what is behind its tokens."""
+    whole, how = generator(), Continuation(15, Sampling(50.0))
+    few = Characters(LETTERS[:9], has_end=False)
+    made = dataclasses.replace(whole, tokenizer=few, start_id=None)
+    *_, (row,) = continue_texts(made, [np.array([3], np.int32)], [0], how, portion=15)
+    assert len(row) == 15 and row.max() < 9
 
 
 def test_stop_texts():

@@ -36,10 +36,12 @@ def files(tmp_path_factory):
     (home / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (home / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    for name, original in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        (home / original).write_bytes((home / name).read_bytes())
     return home
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.json"])
 def test_ids_are_theirs(files, name):
     theirs = transformers.GPT2Tokenizer(str(files / "vocab.json"), str(files / "merges.txt"))
     ours = tokenizers.load(files / name)
