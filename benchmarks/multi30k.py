@@ -68,14 +68,14 @@ def run(options: argparse.Namespace, preset: str, form: str, folder: Path) -> No
     train, valid, test = ([folder.resolve() / name.format(side) for side in ("en", "de")] for name in FILES[form])
     home = options.workdir.resolve()
     words = ["--train", *train, "--valid", *valid, "--vocab-size", "10000", "--character-coverage", "1.0"]
-    data = runs.prepared(home / f"data_{form}", *words)
+    data, preparation = runs.prepared(home / f"data_{form}", *words)
     workdir = home / f"{form}_{preset}_{options.seed}"
-    if (workdir / "result.json").exists():
-        return
     recipe, last = RECIPES[preset]
     recipe = [*recipe, "--seed", str(options.seed), *(options.options or "").split()]
     recipe += ["--train.num-steps", str(options.steps)] if options.steps else []
     facts = runs.trained(workdir, preset, data, recipe, last)
+    if (workdir / "result.json").exists():
+        return
     scoring = ["--tokenize", "none", "--lowercase"] if form == "tok" else []
     model = workdir / f"averaged-{last}"
     texts, command = runs.translated(model, *test, workdir / "test.de", *BEAM, *scoring)
@@ -90,10 +90,11 @@ def run(options: argparse.Namespace, preset: str, form: str, folder: Path) -> No
         "steps": config.train.num_steps,
         "parameters": count(Run.load(model, KINDS).params()[0]),
         "score": dataclasses.asdict(score(texts, references, **SCORING[form])),
+        "preparation": preparation,
         "training": facts,
         "translation": command,
     }
-    (workdir / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    runs.write(workdir / "result.json", result)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -133,12 +134,20 @@ def page(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
         "that had other work to do.",
         "",
     ]
+    if any(each["preset"] != "transformer_tiny" for each in found):
+        text += [
+            "The recurrent models have one recipe and one budget: the same data, vocabulary, steps, tokens a step,",
+            "learning rate, dropout, width and search. gnmt_small has twice the layers of the others.",
+            "",
+        ]
     for each in found:
         home = each["training"]["command"].split("--workdir ")[1].split()[0]
         text += [
-            f"**{each['preset']}, {each['form']}, seed {each['seed']}**: {runs.where_from(each['training'])}.",
+            f"**{each['preset']}, {each['form']}, seed {each['seed']}**: {runs.where_from(each['training'])};",
+            f"{each['training']['average']}.",
             "",
             "```",
+            each["preparation"],
             each["training"]["command"],
             f"seq2seq-flax average --workdir {home} --last {RECIPES[each['preset']][1]}",
             each["translation"],

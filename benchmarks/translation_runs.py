@@ -3,11 +3,12 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ import contest
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 VERSIONS = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "sacrebleu")}
+TICK_SECONDS = 60.0
+STOPPED = 75, -signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""Exit statuses of a command that a signal has stopped, saved or at once."""
 
 
-def call(log: Path, *words: object) -> str:
+def call(log: Path, *words: object, tick: Callable[[], object] = lambda: None) -> str:
     """Runs a command of seq2seq-flax; returns what it printed, which the log gets as well.
 
     A signal meanwhile is passed on; if the command failed or was stopped, this program ends likewise.
+
+    Args:
+      log: the file.
+      words: the command's.
+      tick: called once a minute while it runs.
     """
     command = [sys.executable, "-m", "seq2seq_flax.cli", *map(str, words)]
     print(shown(words), flush=True)
@@ -32,16 +41,25 @@ def call(log: Path, *words: object) -> str:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         signal.signal(signal.SIGINT, lambda *_: None)  # a terminal tells the child, too
-        status = process.wait()
+        while (status := _status(process)) is None:
+            tick()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         file.seek(begin)
         told = file.read()
-    if status in (75, -signal.SIGINT, -signal.SIGTERM):
+    if status in STOPPED:
         sys.exit(75)
     if status:
         sys.exit(f"status {status}: {shown(words)}\n{told[-2000:]}")
     return told
+
+
+def _status(process: subprocess.Popen) -> int | None:
+    """Its exit status, waited for a minute; None: it runs."""
+    try:
+        return process.wait(TICK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def shown(words: Sequence[object]) -> str:
@@ -49,37 +67,59 @@ def shown(words: Sequence[object]) -> str:
     return shlex.join(["seq2seq-flax", *("/".join(Path(w).parts[-2:]) if w[0] == "/" else w for w in map(str, words))])
 
 
-def prepared(folder: Path, *words: object) -> Path:
-    """The data folder, prepared unless it is complete."""
+def prepared(folder: Path, *words: object) -> tuple[Path, str]:
+    """(The data folder, the command that makes it), prepared unless it is complete."""
+    words = ("prepare", "--output", folder, *words)
     if not (folder / "manifest.json").exists():
-        call(folder.with_suffix(".log"), "prepare", "--output", folder, *words)
-    return folder
+        call(folder.with_suffix(".log"), *words)
+    return folder, shown(words)
 
 
 def trained(workdir: Path, preset: str, data: Path, options: Sequence[str], last: int) -> dict[str, Any]:
     """Trains to the end, resuming what is there, and averages the last checkpoints. Returns the facts of the run.
 
-    Their seconds are those of all attempts, with whatever else the machine did.
+    Their seconds are those of all attempts, with whatever else the machine did. Their commits are those of all
+    attempts as well. A workdir that was trained by another command is refused.
     """
     words = ["train", preset, "--workdir", workdir, "--data", data, *options]
-    averaged, facts, spent = (workdir / name for name in (f"averaged-{last}", "facts.json", "seconds.jsonl"))
+    log, facts, averaged = workdir.with_suffix(".log"), workdir / "facts.json", workdir / f"averaged-{last}"
     if not facts.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not (begun := workdir / "origin.json").exists():  # of the first attempt: what was run, not what is there now
-            begun.write_text(json.dumps(contest.origin()) + "\n", encoding="utf-8")
-        began = time.perf_counter()
-        try:
-            call(workdir.with_suffix(".log"), *words)
-        finally:
-            with spent.open("a", encoding="utf-8") as file:
-                file.write(f"{time.perf_counter() - began:.0f}\n")
-        seconds = sum(map(int, spent.read_text(encoding="utf-8").split()))
-        origin = json.loads(begun.read_text(encoding="utf-8"))
-        origin |= {"command": shown(words), "versions": VERSIONS, "seconds": seconds}
-        facts.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    if not (averaged / "config.json").exists():
-        call(workdir.with_suffix(".log"), "average", "--workdir", workdir, "--last", last)
-    return json.loads(facts.read_text(encoding="utf-8"))
+        attempts = _attempt(workdir, log, words)
+        commits = dict.fromkeys((each["commit"], bool(each["changed_files"])) for each in attempts)
+        told = {"command": shown(words), "commits": list(commits), "seconds": sum(each["seconds"] for each in attempts)}
+        write(facts, attempts[-1] | told)
+    found = json.loads(facts.read_text(encoding="utf-8"))
+    if found["command"] != shown(words):
+        sys.exit(f"{workdir} was trained by another command, {found['command']}; give another --workdir")
+    if not (about := averaged.with_suffix(".json")).exists():
+        shutil.rmtree(averaged, ignore_errors=True)  # what an attempt that was stopped has left
+        write(about, call(log, "average", "--workdir", workdir, "--last", last).splitlines()[-1].rpartition(": ")[2])
+    return found | {"average": json.loads(about.read_text(encoding="utf-8"))}
+
+
+def _attempt(workdir: Path, log: Path, words: Sequence[object]) -> list[dict[str, Any]]:
+    """Trains on; returns where each attempt comes from, and its seconds, of one that was killed to the minute."""
+    path = workdir / "attempts.json"
+    workdir.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    origin, began = contest.origin() | {"versions": VERSIONS}, time.perf_counter()
+
+    def attempts() -> list[dict[str, Any]]:
+        return [*before, origin | {"seconds": round(time.perf_counter() - began)}]
+
+    write(path, attempts())
+    try:
+        call(log, *words, tick=lambda: write(path, attempts()))
+    finally:
+        write(path, attempts())
+    return attempts()
+
+
+def write(path: Path, value: Any) -> None:
+    """Writes JSON, as a whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def translated(model: Path, source: Path, reference: Path, output: Path, *options: object) -> tuple[list[str], str]:
@@ -96,9 +136,9 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def where_from(facts: dict[str, Any]) -> str:
-    """Commit, date, versions and machine of a run."""
-    changed = " with changes" if facts["changed_files"] else ""
+    """Commits, date, versions and machine of a run."""
+    commits = " and ".join(f"{commit[:12]}{' with changes' if changed else ''}" for commit, changed in facts["commits"])
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     machine = f"{facts['hardware']['cores']} cores of {facts['hardware']['cpu']}, float32"
     python = f"Python {facts['python']}"
-    return f"commit {facts['commit'][:12]}{changed}, {facts['date'][:10]}, {python}, {versions}, {machine}"
+    return f"commit {commits}, {facts['date'][:10]}, {python}, {versions}, {machine}"

@@ -15,7 +15,8 @@ Which language to write is told by a piece before the source, so the question ca
 - *by way of English*: the model itself, twice. It is what zero-shot saves, and mostly the better translation.
 - *trained directions*: that the model has learned anything at all.
 
-No number or sentence that is scored was trained on in any language. Resumable like multi30k.py.
+No number or sentence that is scored was trained on in any language. The pairs of both languages with English share
+their English sides. Each study has a folder of its own in DIR. Resumable like multi30k.py.
 """
 
 import argparse
@@ -69,7 +70,10 @@ STUDIES = {
         bridgeless=("de-ja", "fr-ko"),
         prepare=("--vocab-size", "600", "--character-coverage", "1.0"),
         preset="numbers_demo",
-        train=("--train.num-steps", "3000", "--train.batch-size", "32", "--model.dropout", "0.1"),
+        train=(
+            *("--train.num-steps", "3000", "--train.batch-size", "32", "--model.dropout", "0.1"),
+            *("--checkpoint.every-minutes", "0"),  # what is averaged must not depend on the machine's speed
+        ),
         metric="exact match",
     ),
     "multi30k": Study(
@@ -102,6 +106,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.study == "multi30k" and not options.data and not options.report:
         parser.error("multi30k needs --data")
+    options.workdir = options.workdir.resolve() / options.study
     return options
 
 
@@ -109,7 +114,7 @@ def files(options: argparse.Namespace, language: str) -> tuple[Path, Path]:
     """(text to train on, held-out text) in a language; line n says the same in all of them."""
     if options.study == "multi30k":
         return options.data.resolve() / f"train.{language}.gz", unpacked(options, language)
-    home = options.workdir.resolve() / "text"
+    home = options.workdir / "text"
     home.mkdir(parents=True, exist_ok=True)
     trained, held_out = numbers.draw(NUM_TRAINED, NUM_HELD_OUT)
     paths = home / f"train.{language}", home / f"test.{language}"
@@ -121,7 +126,7 @@ def files(options: argparse.Namespace, language: str) -> tuple[Path, Path]:
 
 def unpacked(options: argparse.Namespace, language: str) -> Path:
     """Multi30k's test set of 2016 as plain text."""
-    path = options.workdir.resolve() / f"test.{language}"
+    path = options.workdir / f"test.{language}"
     path.parent.mkdir(parents=True, exist_ok=True)
     packed = options.data / f"test_2016_flickr.{language}.gz"
     path.write_bytes(gzip.decompress(packed.read_bytes()))
@@ -134,12 +139,12 @@ def model(options: argparse.Namespace, study: Study, name: str, pairs: Sequence[
     for pair in pairs:
         source, target = pair.split("-")
         words += ["--pair", pair, files(options, source)[0], files(options, target)[0]]
-    data = runs.prepared(options.workdir.resolve() / f"data_{name}", *words)
-    workdir = options.workdir.resolve() / f"{name}_{options.seed}"
+    data, preparation = runs.prepared(options.workdir / f"data_{name}", *words)
+    workdir = options.workdir / f"{name}_{options.seed}"
     recipe = [*study.train, "--seed", str(options.seed), "--checkpoint.keep-last", str(max(10, options.last))]
     recipe += ["--train.num-steps", str(options.steps)] if options.steps else []
     facts = runs.trained(workdir, study.preset, data, recipe, options.last)
-    return workdir / f"averaged-{options.last}", facts
+    return workdir / f"averaged-{options.last}", facts | {"preparation": preparation}
 
 
 def scored(study: Study, texts: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def run(options: argparse.Namespace, study: Study) -> None:
     bridgeless, other_facts = model(options, study, "bridgeless", study.bridgeless)
 
     def translate(which: Path, text: Path, into: str, name: str) -> Path:
-        output = which.parent / f"{name}.{into}"
+        output = which / f"{name}.{into}"
         words = ["--workdir", which, "--input", text, "--output", output, "--target-lang", into, *SEARCH]
         if not output.exists():
             runs.call(output.with_suffix(".log"), "translate", *words)
@@ -191,11 +196,14 @@ def run(options: argparse.Namespace, study: Study) -> None:
         "study": options.study,
         "title": study.title,
         "metric": study.metric,
+        "sentences": len(lines(test[target])),
+        "search": SEARCH,
         "figures": found,
         "training": {"bridged": facts, "bridgeless": other_facts},
+        "bridge": study.bridge,
         "pairs": {"bridged": study.bridged, "bridgeless": study.bridgeless},
     }
-    result_of(options).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    runs.write(result_of(options), result)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -230,18 +238,20 @@ def page(figures: dict[str, Any]) -> str:
             "bridge* is a model of the same size, trained for as many steps on",
             f"{' and '.join(each['pairs']['bridgeless'])}: it has met the source language, the target language and its",
             "piece, but no language in common with both. *Copy* is the source itself; *by way of* is the first model",
-            "twice.",
+            f"twice. The pairs of both languages with {each['bridge']} share its sentences. Scored are",
+            f"{each['sentences']} that were not trained on in any language; {' '.join(each['search'])}, one seed.",
             "",
         ]
         for name, facts in each["training"].items():
-            text += [f"{name}: {runs.where_from(facts)}.", "", "```", facts["command"], "```", ""]
+            text += [f"{name}: {runs.where_from(facts)}; {facts['average']}.", ""]
+            text += ["```", facts["preparation"], facts["command"], "```", ""]
     return "\n".join(text)
 
 
 def main() -> None:
     """Train and score what is missing; write the page."""
     options = parse()
-    if not options.report and not result_of(options).exists():
+    if not options.report:
         options.workdir.mkdir(parents=True, exist_ok=True)
         run(options, STUDIES[options.study])
     report(options)
