@@ -65,7 +65,8 @@ class PrepareConfig:
     """Training pairs of which one side has more than this many times the tokens of the other are left out and counted;
     None: none is."""
     deduplicate: bool = False
-    """Leave out, and count, training pairs that occurred before, both sides. Takes some 100 bytes of memory a pair."""
+    """Leave out, and count, training pairs that occurred before, both sides, in these languages. Takes some 100 bytes
+    of memory a pair."""
     empty: Literal["refuse", "drop"] = "refuse"
     """A pair with an empty side. refuse: stop and say where; drop: leave it out and count it."""
     overwrite: bool = False
@@ -153,7 +154,8 @@ def _inputs(config: PrepareConfig) -> _Inputs:
         if plain and named:
             raise UserError(f"give --{split} or --{'pair' if split == 'train' else 'valid-pair'}, not both")
         texts[split] = [ParallelText(plain)] if plain else []
-        for direction, *names in named:
+        for words in named:
+            direction, *names = words or ("",)
             texts[split].append(ParallelText(tuple(names), *parse_direction(direction)))
     if not texts["train"]:
         raise UserError("nothing to prepare; give --train SRC TGT, or --pair SOURCE-TARGET SRC TGT")
@@ -164,6 +166,8 @@ def _inputs(config: PrepareConfig) -> _Inputs:
     for source, target in inputs.directions:
         if target is not None and target not in {language for _, language in trained}:
             raise UserError(f"--valid-pair {source}-{target}: no training pair has the target language {target}")
+    for language in inputs.target_languages:
+        sentencepiece_model.check_language(language)
     for text in (*texts["train"], *texts["valid"]):
         text.stored_bytes()
     return inputs
@@ -278,7 +282,7 @@ def _write(config: PrepareConfig, inputs: _Inputs, split: str, tokenizer: Senten
             ways = [(source, target, (text.source, text.target))]
             if inputs.both_directions:
                 ways.append((target, source, (text.target, text.source)))
-            reason = keeps.reason_against(pair, source, target, int(tagged))
+            reason = keeps.reason_against(pair, source, target, text, int(tagged))
             for before, after, direction in ways:
                 if reason is not None:
                     writer.drop(reason)
@@ -295,7 +299,9 @@ class _Filter:
         self._config, self._strict = config, strict
         self._seen: set[bytes] = set()
 
-    def reason_against(self, pair: Pair, source: list[int], target: list[int], num_tags: int) -> str | None:
+    def reason_against(
+        self, pair: Pair, source: list[int], target: list[int], text: ParallelText, num_tags: int
+    ) -> str | None:
         """Why the pair is left out; None: it is not. Raises UserError if it is empty and that is refused."""
         config = self._config
         if not source or not target:
@@ -311,7 +317,9 @@ class _Filter:
         if self._strict and config.max_ratio is not None and longer > config.max_ratio * shorter:
             return f"lengths more than {config.max_ratio:g} : 1"
         if self._strict and config.deduplicate:
-            digest = hashlib.blake2b(f"{pair.source}\t{pair.target}".encode(), digest_size=16).digest()
+            # Names and numbers are the same in many languages, and are to be learned in each.
+            content = f"{text.source}\t{text.target}\t{pair.source}\t{pair.target}"
+            digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
             if digest in self._seen:
                 return "seen before"
             self._seen.add(digest)

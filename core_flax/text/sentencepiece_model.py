@@ -85,10 +85,7 @@ class SentencePiece:
         """
         model = self._model
         for language in dict.fromkeys(languages):
-            if not _LANGUAGE.fullmatch(f"<2{language}>"):
-                raise UserError(
-                    f"{language!r} is no language name; write letters, digits, - and _, such as de or pt_BR"
-                )
+            check_language(language)
             if language not in self.languages:
                 model += _control_piece(f"<2{language}>")
         return SentencePiece(model)
@@ -107,6 +104,12 @@ class SentencePiece:
 
     def __reduce__(self) -> tuple:
         return SentencePiece, (self._model,)
+
+
+def check_language(name: str) -> None:
+    """Raises UserError if no piece can ask for a language of this name."""
+    if not _LANGUAGE.fullmatch(f"<2{name}>"):
+        raise UserError(f"{name!r} is no language name; write letters, digits, - and _, such as de or pt_BR")
 
 
 def train(

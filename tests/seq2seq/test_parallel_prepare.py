@@ -118,6 +118,15 @@ def test_filters_count_what_they_leave_out(tmp_path):
     assert manifest.fingerprint == SentencePiece.load(tokenizer).fingerprint
 
 
+def test_the_same_words_in_another_language_were_not_seen_before(tmp_path):
+    """Names and numbers, which are to be learned in every language."""
+    files = write_files(tmp_path)
+    pairs = tuple((direction, *files) for direction in ("en-de", "en-fr", "en-de"))
+    manifest = prepare(configure(tmp_path, pair=pairs, deduplicate=True))
+    assert manifest.splits["train"].pairs == 120 and manifest.splits["train"].dropped == {"seen before": 60}
+    assert [direction for _, _, direction in stored(tmp_path / "out")] == [["en", "de"]] * 60 + [["en", "fr"]] * 60
+
+
 def test_run_again_does_nothing_and_other_settings_are_refused(tmp_path, monkeypatch):
     config = configure(tmp_path, train=tuple(write_files(tmp_path)))
     manifest, before = prepare(config), contents(tmp_path / "out")
@@ -199,6 +208,8 @@ LATIN1 = "Straße\n".encode("latin-1")
         ({"a.tsv": b"x\ty\n", "b": b""}, ["--train", "a.tsv", "b"], r"a.tsv has both sides .*give it alone"),
         ({"a.gz": b"no gzip", "b": b"x\n"}, ["--train", "a.gz", "b"], r"a.gz is not a whole gzip file"),
         ({"a": b"x\n", "b": b"y\n"}, ["--pair", "ende", "a", "b"], r"--pair ende: write SOURCE-TARGET"),
+        ({}, ["--pair"], r"--pair : write SOURCE-TARGET with the two languages"),
+        ({}, ["--pair", "a-d<", "a", "b", "--pair", "a-c", "a", "b"], r"'d<' is no language name"),
         ({"a": b"x\n", "b": b"y\n"}, ["--train", "a", "b", "--both-directions"], r"which languages .* give --pair"),
         ({"a": b"x\n", "b": b"y\n"}, ["--train", "a", "b", "--pair", "a-b", "a", "b"], r"--train or --pair, not both"),
         (
