@@ -134,11 +134,12 @@ _PAPER_LSTM = {
 }
 
 _SMALL_LSTM = {
-    # Rows are no longer than sentences make necessary: an LSTM takes them token by token.
+    # Rows are no longer than sentences make necessary: an LSTM takes them token by token. With 120 of them 96 in 100
+    # tokens of Multi30k are real; with 128 it would be 94.6, as an epoch would have a step or so left over.
     "inputs": InputsConfig(row_length=64, label_smoothing=0.1),
     "optimizer": OptimizerConfig(learning_rate=2e-3, weight_decay=0.0, clip_norm=5.0),
     "schedule": ScheduleConfig(name="linear", warmup_steps=200),
-    "train": TrainConfig(num_steps=2000, batch_size=128, eval_every_steps=200),
+    "train": TrainConfig(num_steps=2000, batch_size=120, eval_every_steps=200),
     "checkpoint": CheckpointConfig(every_steps=100, keep_last=5),
 }
 """For 30,000 pairs, as Multi30k has, and the same for all three."""
