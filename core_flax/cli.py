@@ -57,6 +57,8 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
       argv: arguments without the program's name; None: the process's own.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the letters of a text gets their numbers
+        sys.stdout.reconfigure(errors="backslashreplace")
     keep_compiled_programs()  # before a command imports jax
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -65,7 +67,7 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
             commands[argv[0]][1](argv[1:])
         else:
             raise UserError(f"unknown command {argv[0]!r}{suggest(argv[0], commands)}; see {prog} --help")
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no standard output
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,9 +1,11 @@
 """Settings out of range, and config.json as others may have left it: one clear line for each."""
 
 import dataclasses
+import io
 import json
 import math
 import os
+import sys
 import typing
 from collections.abc import Mapping
 
@@ -216,3 +218,18 @@ def test_given_options_are_no_values():
     argv = ["--optimizer.beta1", "-1", "--log.tensorboard", "--train.num_steps=5", "--mesh.data", "--seed"]
     names = {"--optimizer.beta1", "--log.tensorboard", "--train.num-steps", "--mesh.data"}
     assert cli.options_given(PretrainConfig, argv) == names
+
+
+def test_what_is_printed_where_the_terminal_lacks_its_letters(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main("program", {"say": ("says it", lambda argv: print("zwölf"))}, ["say"])
+    assert (stop.value.code, raw.getvalue()) == (0, rb"zw\xf6lf" + b"\n")
+
+
+def test_without_a_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main("program", {"say": ("says it", lambda argv: print("it"))}, ["say"])
+    assert stop.value.code == 0
