@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from core_flax import storage
 from core_flax.beam import BeamSearch
 from core_flax.config import check_range
-from core_flax.storage import replacing
 from core_flax.types import Array, UserError
 from seq2seq_flax.attention import LOOKED_AT
 from seq2seq_flax.translate import Translator
@@ -29,9 +29,10 @@ class AlignCommand:
     text: tyro.conf.Positional[str]
     """The sentence to translate."""
     workdir: str
-    """Folder of a run, an average of its checkpoints, or a model that import-hf took in."""
-    output: str
-    """File to write: .html, or .png, for which the package matplotlib must be installed."""
+    """Folder of a run, an average of its checkpoints, a model that import-hf took in, or one of Hugging Face's."""
+    output: str | None = None
+    """File to write: .html, or .png, for which the package matplotlib must be installed; None: alignment.html under the
+    workdir."""
     target: str | None = None
     """Its translation; None: the model's own."""
     target_lang: str | None = None
@@ -50,7 +51,7 @@ class AlignCommand:
                 raise UserError(f"{option} is empty; give a sentence")
             if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
                 raise UserError(f"{option} is not UTF-8")
-        if Path(self.output).suffix not in (".html", ".png"):
+        if self.output is not None and Path(self.output).suffix not in (".html", ".png"):
             raise UserError(f"--output {self.output}: give a file that ends in .html or .png")
 
 
@@ -77,10 +78,11 @@ def run(command: AlignCommand) -> None:
     """
     translator = Translator.load(command.workdir, command.step)
     found = align(translator, command.text.strip(), command.target, command.target_lang, command.layer)
-    draw = write_html if Path(command.output).suffix == ".html" else write_png
-    with replacing(Path(command.output)) as partial:
+    output = storage.path(command.workdir) / "alignment.html" if command.output is None else Path(command.output)
+    draw = write_html if output.suffix == ".html" else write_png
+    with storage.replacing(output) as partial:
         draw(found, partial)
-    print(f"{command.output}: {' '.join(found.target[:-1])}")
+    print(f"{output}: {' '.join(found.target[:-1])}")
 
 
 def align(
@@ -103,7 +105,7 @@ def align(
       UserError: see ``run``.
     """
     tokenizer = translator.tokenizer
-    (line,) = translator.encode([("the text", text)], translator.language_prefix(target_lang), "refuse")
+    (line,) = translator.encode([("the text", text)], translator.language_prefix(target_lang), "never")
     if not line.pieces:
         raise UserError("the text holds nothing that the vocabulary knows")
     if target is None:

@@ -39,7 +39,7 @@ class EvaluateCommand:
     """Scores translations: those of a model, or those in a file. And the loss on a run's held-out pairs."""
 
     workdir: str | None = None
-    """Folder of a run, an average of its checkpoints, or a model that import-hf took in."""
+    """Folder of a run, an average of its checkpoints, a model that import-hf took in, or one of Hugging Face's."""
     input: str | None = None
     """Sentences to translate, one a line (also .gz). Without it, only the held-out loss is printed."""
     reference: str | None = None
@@ -86,6 +86,8 @@ class EvaluateCommand:
             read = [Path(name).resolve() for name in (self.input, self.reference) if name is not None]
             if Path(self.output).resolve() in read:
                 raise UserError(f"--output {self.output} is to be read; give another file")
+            if self.output.endswith(".gz"):
+                raise UserError(f"--output {self.output}: text is written as it is; give a name without .gz")
 
     def _refuse(self, why: str, *names: str) -> None:
         """Raises UserError if one of these options has been given."""
@@ -162,7 +164,10 @@ def evaluate(command: EvaluateCommand) -> None:
     sources, references = [], []
     if command.input is not None and command.reference is not None:
         sources, references = _read(command.input, command.reference, may_be_empty=False)
-    imported = kind_of(storage.folder("--workdir", command.workdir)) == pretrained.KIND
+    if command.output is not None and not Path(command.output).parent.is_dir():  # before there is anything to lose
+        raise UserError(f"--output {command.output}: there is no folder {Path(command.output).parent}; make it first")
+    kind = kind_of(storage.folder("--workdir", command.workdir))
+    imported = kind == pretrained.KIND or (kind is None and bool(sources))  # a folder of Hugging Face's has no kind
     if imported and command.data is not None:
         raise UserError(f"--data {command.data}: {command.workdir} is an imported model, whose tokens are others")
     if not imported:

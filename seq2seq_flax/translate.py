@@ -36,7 +36,7 @@ class TranslateCommand:
     """Translates a file or a pipe, line by line; an empty line becomes an empty line."""
 
     workdir: str
-    """Folder of a run, an average of its checkpoints, or a model that import-hf took in."""
+    """Folder of a run, an average of its checkpoints, a model that import-hf took in, or one of Hugging Face's."""
     input: str = "-"
     """File of sentences, one a line (also .gz); -: standard input, of which the lines that are there are answered at
     once."""
@@ -52,8 +52,8 @@ class TranslateCommand:
     length_penalty: float = BeamSearch.length_penalty
     """What length is worth (Wu et al. 2016, section 7). 0: the most probable translation, which tends to be short."""
     n_best: int = 1
-    """Translations of each line. More than 1: the output has so many lines for each, the best first, of three columns:
-    the line's number, the score, the translation."""
+    """Translations of each line. More than 1: the output has so many lines for each (one for an empty line), the best
+    first, of three columns: the line's number, the score, the translation."""
     sample: bool = False
     """Draw translations by chance instead of searching for the best; the score is then the log-probability."""
     temperature: float = 1.0
@@ -65,7 +65,7 @@ class TranslateCommand:
     min_p: float | None = None
     """With --sample: draw from tokens with this share of the best one's probability, or more; None: from all."""
     seed: int = 0
-    """With --sample: of what is drawn for a line, with its number."""
+    """With --sample: of what is drawn for a line, with its place among those that are not empty."""
     batch_size: int = 64
     """Sentences that are translated at a time."""
     step: int | None = None
@@ -181,7 +181,7 @@ class Translator:
         return (self.tokenizer.languages[target_lang],)
 
     def encode(self, texts: Sequence[tuple[str, str]], prefix: tuple[int, ...], long: str) -> list[Line]:
-        """Texts, each with where it is from, as tokens; ``long`` is that of TranslateCommand.
+        """Texts, each with where it is from, as tokens; ``long`` is that of TranslateCommand, or "never" to split.
 
         Raises:
           UserError: a text is longer than the model takes, and that is to be refused.
@@ -191,10 +191,11 @@ class Translator:
         for (where, text), ids in zip(texts, self.tokenizer.encode([text for _, text in texts]), strict=True):
             parts = [ids] if ids else []
             if len(ids) > room:
-                if long == "refuse":
+                if long != "split":
+                    or_split = ", or give --long split to translate it in pieces" if long == "refuse" else ""
                     raise UserError(
                         f"{where} has {len(ids) + len(prefix) + 1} tokens, more than the {self.max_length} that "
-                        f"{self.name} takes; shorten it, or give --long split to translate it in pieces"
+                        f"{self.name} takes; shorten it{or_split}"
                     )
                 parts = self.tokenizer.encode(pieces_of(text, lambda x: len(self.tokenizer.encode([x])[0]) <= room))
             lines.append(Line(where, tuple((*prefix, *part, self.tokenizer.eos_id) for part in parts)))
@@ -274,11 +275,13 @@ def run(command: TranslateCommand) -> None:
     """
     if command.input != "-":
         corpora.stored_bytes([command.input])  # before a model is loaded
+    elif sys.stdin is None:
+        raise UserError("standard input is closed; give a file as --input")
     translator = Translator.load(command.workdir, command.step)
     prefix = translator.language_prefix(command.target_lang)
     begun = time.monotonic()
     if command.output == "-":
-        counts = _translate(command, translator, prefix, sys.stdout)
+        counts = _translate(command, translator, prefix, _standard_output())
         _tell(counts, sys.stderr)
     else:
         with replacing(Path(command.output)) as partial, partial.open("w", encoding="utf-8") as file:
@@ -286,6 +289,15 @@ def run(command: TranslateCommand) -> None:
         seconds = time.monotonic() - begun
         print(f"{command.output}: {counts.lines:,} lines translated with {command.workdir} in {seconds:.1f} s")
         _tell(counts, sys.stdout)
+
+
+def _standard_output() -> IO[str]:
+    """Standard output, in UTF-8 as the input is, whatever the terminal has."""
+    if sys.stdout is None:
+        raise UserError("standard output is closed; give a file as --output")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    return sys.stdout
 
 
 @dataclass
@@ -315,7 +327,7 @@ def _translate(command: TranslateCommand, translator: Translator, prefix: tuple[
                 counts.in_pieces += 1
                 print(f"{line.where} is translated in {len(line.pieces)} pieces", file=sys.stderr)
         total = sum(len(line.pieces) for line in lines)
-        silent = command.output == "-" or command.input == "-"
+        silent = command.input == "-" or (output is sys.stdout and output.isatty())
         with tqdm(total=total, desc="translating", unit=" sentences", disable=silent or None) as bar:
             found = translator.translate(lines, command.search, command.batch_size, number, bar.update)
         for candidates in found:

@@ -84,6 +84,14 @@ def test_in_and_out_again(theirs, tmp_path, capsys):
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 
 
+def test_a_folder_of_theirs_is_scored_as_it_is(theirs, tmp_path, capsys):
+    for name, line in (("in", "river song"), ("out", "gnos revir")):
+        (tmp_path / name).write_text(f"{line}\n")
+    files = "--input", tmp_path / "in", "--reference", tmp_path / "out"
+    done = call(capsys, "evaluate", "--workdir", theirs, *files, "--beam-size", 1)
+    assert done.returncode == 0 and done.stdout.startswith("BLEU = ") and "reference length 2," in done.stdout, done
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -296,11 +296,18 @@ def test_references_that_cannot_be(refuse, text, finished, tmp_path, content, me
         (("--hypotheses", "a", "--reference", "b", "--step", "0"), "--step is about a model"),
         (("--hypotheses", "a", "--reference", "b", "--beam-size", "5"), "--beam-size is about a model"),
         (("--workdir", "run", "--input", "a", "--reference", "b", "--output", "./b"), "--output ./b is to be read"),
+        (("--workdir", "run", "--input", "a", "--reference", "b", "--output", "o.gz"), "give a name without .gz"),
     ],
     ids=str,
 )
 def test_options_that_cannot_be(refuse, options, message):
     assert message in refuse("evaluate", *options)
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_translated(call, text, finished):
+    model = "evaluate", "--workdir", finished, "--input", text / "valid.en", "--reference", text / "valid.ne"
+    done = call(*model, "--target-lang", "ne", "--output", text / "nowhere" / "out")
+    assert (done.returncode, done.stdout) == (2, "") and f"there is no folder {text / 'nowhere'}" in done.stderr
 
 
 def test_a_search_where_nothing_is_translated(refuse, finished):

@@ -24,7 +24,7 @@ from seq2seq_flax.architectures import make_model
 from seq2seq_flax.cli import main
 from seq2seq_flax.config import InputsConfig, TransformerConfig, TranslateConfig
 from seq2seq_flax.pairs import TOKENIZER
-from seq2seq_flax.translate import TranslateCommand, Translator, pieces_of
+from seq2seq_flax.translate import Candidate, TranslateCommand, Translator, pieces_of
 from seq2seq_flax.translator import Draws, room_for
 from seq2seq_flax.translator import translate as translator_of_tokens
 
@@ -133,6 +133,23 @@ def test_a_line_is_answered_before_the_next_one_comes(workdir, translator):
     assert answers == [f"{text}\n" for text in expected] and len(set(answers)) == 2
 
 
+@pytest.mark.parametrize(("stream", "option"), [("input", "stdin"), ("output", "stdout")])
+def test_a_stream_that_is_closed(call, source, monkeypatch, stream, option):
+    """As a shell's ``<&-`` and ``>&-`` leave it, and some that start services."""
+    monkeypatch.setattr(sys, option, None)
+    status, _, err = call("translate", **{"input": "-" if stream == "input" else source})
+    assert status == 2 and err == f"seq2seq-flax: error: standard {stream} is closed; give a file as --{stream}\n"
+
+
+def test_what_is_put_out_is_utf8_whatever_the_terminal_has(call, source, monkeypatch):
+    _, expected, _ = call("translate", input=source)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(Translator, "translate", lambda *_, **__: [[Candidate("zwölf ⁇", 0.0, True)]] * len(LINES))
+    assert call("translate", input=source)[0] == 0
+    assert raw.getvalue().decode("utf-8") == "zwölf ⁇\n" * len(LINES) and expected.isascii()
+
+
 SHORT = ["road", "", "song", "wi"]
 
 
@@ -234,6 +251,7 @@ def test_text_that_is_not_utf8(call, tmp_path, piped):
         ({"n_best": 5}, "--n-best 5 is more than --beam-size 4"),
         ({"output": "out.gz"}, "--output out.gz: text is written as it is"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"length_penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"step": 3}, "step 3"),
         ({"workdir": "nowhere"}, "nowhere"),
         ({"input": "missing.txt"}, "missing.txt"),
@@ -255,6 +273,19 @@ def test_sources_have_few_lengths():
     rooms = [room_for(length) for length in range(1, 129)]
     assert all(length <= room < 2 * max(length, 8) for length, room in enumerate(rooms, start=1))
     assert sorted(set(rooms)) == [8, 16, 24, 32, 48, 64, 96, 128]
+
+
+def test_align_needs_no_more_than_a_model_and_a_text(call, workdir):
+    status, out, err = call("align", "river road", batch_size=None)
+    assert status == 0, err
+    page = workdir / "alignment.html"
+    assert out.startswith(f"{page}: ") and "</table>" in page.read_text(encoding="utf-8")
+    page.unlink()
+
+
+def test_align_of_a_text_that_is_too_long(call, workdir):
+    status, _, err = call("align", LONG, batch_size=None)
+    assert status == 2 and err.endswith("takes; shorten it\n") and not (workdir / "alignment.html").exists()
 
 
 def test_align_is_a_command(call, tmp_path):
