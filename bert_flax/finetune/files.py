@@ -22,9 +22,9 @@ def find_file(spec: TaskSpec, data: Path, split: str) -> Path:
         raise UserError(f"--data {data} is a file; give the folder that holds it, as {' or '.join(names)}")
     if not data.is_dir():
         raise UserError(f"--data {data} does not exist")
-    owner = next((task for task in TASKS.values() if task.folder and task.folder == data.name), spec)
-    if spec.folder and owner.folder != spec.folder:
-        raise UserError(f"--data {data} is the folder of task {owner.name}, not of {spec.name}")
+    owner = task_of(data)
+    if spec.folder and owner not in (None, spec.name):
+        raise UserError(f"--data {data} is the folder of task {owner}, not of {spec.name}")
     places = [f"{spec.folder}/{name}" for name in names if spec.folder] + list(names)
     found = [data / place for place in places if (data / place).is_file()]
     if not found:
@@ -32,6 +32,11 @@ def find_file(spec: TaskSpec, data: Path, split: str) -> Path:
     if len(found) > 1:
         raise UserError(f"{found[0]} and {found[1]} could both be the {split} split of {spec.name}; move one away")
     return found[0]
+
+
+def task_of(folder: Path) -> str | None:
+    """The task of GLUE that a folder of this name is of: several have the same columns."""
+    return next((task.name for task in TASKS.values() if task.folder and task.folder == folder.name), None)
 
 
 def glue_tasks(data: Path) -> Mapping[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from bert_flax.finetune import spans, tables
 from bert_flax.finetune.conll import DOCUMENT_START
 from bert_flax.finetune.data import encode, remarks_on
 from bert_flax.finetune.examples import Dataset, QuestionExample, TaggedExample, TextExample
+from bert_flax.finetune.files import task_of
 from bert_flax.finetune.predictions import Predictions, Told, predict
 from bert_flax.finetune.readers import read_file
 from bert_flax.finetune.runs import FinetuneRun, best_run, figures_by_step
@@ -94,6 +95,9 @@ def run(command: PredictCommand) -> None:
         _check_writable(Path(path))
     if spec.kind in ("classification", "regression", "choice"):
         tables.check_fields(Path(command.output), (*spec.labels, *(example.id for example in dataset.examples)))
+    owner = task_of(Path(command.data).absolute().parent)
+    if spec.folder and owner not in (None, spec.name):
+        print(f"{command.data} is in the folder of task {owner}, the model is of {spec.name}", flush=True)
     predictions = predict_examples(found, dataset, command.data, command.step, command.compute_dtype)
     write(spec, dataset.examples, predictions, Path(command.output))
     if command.null_odds:

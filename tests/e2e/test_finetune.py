@@ -137,8 +137,13 @@ def test_predictions_have_the_scores_of_the_best_step(bert_flax, mrpc, glue, tmp
 
 def test_a_test_file_and_a_text(mrpc, glue, tmp_path):
     output = tmp_path / "MRPC.tsv"
-    right(here("predict", "--workdir", mrpc[0], "--data", glue / "MRPC" / "test.tsv", "--output", output))
+    printed = right(here("predict", "--workdir", mrpc[0], "--data", glue / "MRPC" / "test.tsv", "--output", output))
+    assert "folder of task" not in printed
     assert re.fullmatch(r"index\tprediction\n(\d\t[01]\n){5}", output.read_text())
+    other = shutil.copytree(glue / "MRPC", tmp_path / "QQP") / "test.tsv"
+    printed = right(here("predict", "--workdir", mrpc[0], "--data", other, "--output", tmp_path / "x"))
+    assert f"{other} is in the folder of task qqp, the model is of mrpc" in printed.splitlines()
+    assert (tmp_path / "x").read_text() == output.read_text()
     first, second = next(small_tasks.rows(2, 1))[1:3]
     printed = right(here("predict", "--workdir", mrpc[0], "--text", first, "--text-pair", second))
     shares = re.findall(r"^ *([\d.]+)%  (.*)$", printed, re.M)
