@@ -102,7 +102,7 @@ def verdict(runs: list[dict]) -> str:
     theirs, ours = best["gpt2"], best["gpt_speedrun"]
     rates = [run["learning_rate"] for run in runs if run["preset"] == "gpt2"]
     at_end = theirs["learning_rate"] in (min(rates), max(rates))
-    edge = " Its learning rate is at the end of those tried, so another may be better." if at_end else ""
+    edge = " GPT-2's learning rate is at the end of those tried, so another may be better." if at_end else ""
     reaches = "reaches" if ours["held_out_loss"] <= theirs["held_out_loss"] else "does not reach"
     losses = f"{ours['held_out_loss']:.4f} beside {theirs['held_out_loss']:.4f}"
     return f"With that, gpt_speedrun {reaches} the best of GPT-2's recipe: {losses}.{edge}"

@@ -210,9 +210,10 @@ def stream_text(generator: Generator, prompt: np.ndarray, number: int, how: Cont
     text, stopped = "", False
     for (new,) in continue_texts(generator, [prompt], [number], how, portion=1):
         text, stopped = cut_at(_behind(generator, prompt, new, before), how.stop)
-        # What may be the beginning of a stop text, or of a character, waits.
-        certain = text if stopped else text[: max(len(shown), len(text) - max(0, longest_stop - 1))]
-        certain = certain if stopped else certain.rstrip(_PARTIAL)
+        certain = text
+        if not stopped:  # what may be the beginning of a character, and before it of a stop text, waits
+            whole = text.rstrip(_PARTIAL)
+            certain = whole[: max(len(shown), len(whole) - max(0, longest_stop - 1))]
         yield certain[len(shown) :]
         shown = certain
         if stopped:

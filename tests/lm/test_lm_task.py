@@ -15,6 +15,7 @@ from core_flax.evaluate import make_evaluate
 from core_flax.sampling import GREEDY, Sampling
 from core_flax.sharding import make_mesh
 from core_flax.types import UserError
+from lm_flax import generate
 from lm_flax.batches import Rows
 from lm_flax.config import ConvRun, GPT2Run, InputsConfig, LlamaRun, LossConfig, check_rows
 from lm_flax.convolution import ConvConfig
@@ -30,7 +31,7 @@ from lm_flax.generate import (
 )
 from lm_flax.score import log_probs
 from lm_flax.task import loss_weights, make_evaluator, token_sums, unigram_loss
-from lm_flax.tokenizers import Characters
+from lm_flax.tokenizers import Characters, train_byte_pairs
 
 END = V - 1
 ROWS = {"inputs": InputsConfig(length=16), "train": TrainConfig(batch_size=4)}
@@ -232,6 +233,19 @@ def test_entries_beyond_the_vocabulary_are_never_drawn():
     made = dataclasses.replace(whole, tokenizer=few, start_id=None)
     *_, (row,) = continue_texts(made, [np.array([3], np.int32)], [0], how, portion=15)
     assert len(row) == 15 and row.max() < 9
+
+
+def test_characters_that_are_split_over_tokens_appear_whole(monkeypatch):
+    """Bytes as tokens: nothing of a character is shown before all of it, nor of a stop text that begins."""
+    made = dataclasses.replace(generator(), tokenizer=train_byte_pairs(["a"], 257))
+    text = "süß 😀, 東京!"
+    ids = made.tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    monkeypatch.setattr(generate, "continue_texts", lambda *_, **__: ([ids[: n + 1]] for n in range(len(ids))))
+    pieces = list(stream_text(made, np.zeros(0, np.int32), 0, Continuation()))
+    assert [piece for piece in pieces if piece] == list(text)
+    pieces = list(stream_text(made, np.zeros(0, np.int32), 0, Continuation(stop=("東京",))))
+    assert "".join(pieces) == "süß 😀, " and max(map(len, pieces)) == 1
 
 
 def test_stop_texts():
