@@ -161,7 +161,7 @@ def _inputs(config: PrepareConfig) -> _Inputs:
         raise UserError("nothing to prepare; give --train SRC TGT, or --pair SOURCE-TARGET SRC TGT")
     inputs = _Inputs(texts, config.both_directions)
     if (None, None) in inputs.directions and (config.both_directions or len(inputs.directions) > 1):
-        raise UserError("which languages these are must be known here: give --pair (and --valid-pair), not --train")
+        raise UserError("which languages these are must be known here: give --pair (not --train) and --valid-pair")
     trained = _Inputs({**texts, "valid": []}, config.both_directions).directions
     for source, target in inputs.directions:
         if target is not None and target not in {language for _, language in trained}:

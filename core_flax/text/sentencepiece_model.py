@@ -147,7 +147,7 @@ def train(
             user_defined_symbols=list(symbols),
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a size that is no int32
         raise UserError(f"--vocab-size {vocab_size} cannot be had: {_reason(str(error))}") from error
     return SentencePiece(model.getvalue())
 
