@@ -77,10 +77,10 @@ def load_init(path: str, step: int | None = None) -> Pretrained:
     folder = storage.folder("--init", path)
     kind = kind_of(folder)
     seeds = f"seed-*/{CONFIG}"
-    if kind is None and not (folder / CONFIG).exists() and any(folder.glob(f"*/{seeds}")):
-        finetuned.best_run(path)  # which names the tasks, of which one is to be given
     if kind == finetuned.KIND or (kind is None and any(folder.glob(seeds))):
         return _load_finetuned(path, step)
+    if kind is None and not (folder / CONFIG).exists() and any(folder.glob(f"*/{seeds}")):
+        return _load_finetuned(path, step)  # all of GLUE: it is refused, and its tasks are named
     if kind is None:
         if step is not None:
             raise UserError(f"--step {step}: {path} is a folder of Hugging Face's, which has no steps")
