@@ -36,6 +36,8 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
+SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+"""A temperature below it is taken for it: float32 would make it 0, and 0 / 0 is no number."""
 
 
 def draw(logits_BV: Array, keys_B: Array, sampling: Sampling) -> Array:
@@ -48,10 +50,11 @@ def draw(logits_BV: Array, keys_B: Array, sampling: Sampling) -> Array:
     """
     if sampling.temperature == 0:
         return top_k(logits_BV, 1)[1][:, 0]
-    scores, tokens = logits_BV / sampling.temperature, None
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # 0 for the best, whatever divides it
+    scores, tokens = below_BV / max(sampling.temperature, SMALLEST), None
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         scores, tokens = top_k(scores, sampling.top_k)
-    probs = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    probs = jnp.exp(scores)
     probs = jnp.where(_kept(probs, sampling), probs, 0.0)
     places = jax.vmap(_categorical)(keys_B, probs)
     return places if tokens is None else jnp.take_along_axis(tokens, places[:, None], axis=1)[:, 0]

@@ -77,6 +77,13 @@ def test_no_temperature_is_no_chance():
     np.testing.assert_array_equal(draw(logits, None, Sampling(temperature=0.0)), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 1e-300])
+def test_a_temperature_near_zero_draws_the_best(temperature):
+    logits_BV = jax.random.normal(jax.random.key(0), (8, 50))
+    drawn_B = draw(logits_BV, row_keys(0, jnp.arange(8)), Sampling(temperature=temperature))
+    np.testing.assert_array_equal(drawn_B, jnp.argmax(logits_BV, axis=-1))
+
+
 @pytest.mark.parametrize(("size", "k"), [(640, 2), (1001, 3), (50, 5), (64, 64), (4096, 10)])
 def test_the_largest_of_many(size, k):
     x = np.random.default_rng(size).integers(0, 50, (3, 2, size)).astype(np.float32)  # most of them equal others
