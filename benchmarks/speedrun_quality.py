@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import contest
@@ -23,11 +24,23 @@ from lm_flax.runs import load_run, num_parameters
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 SHARE = 0.6
+"""Of the GPT-2 recipe's tokens: what gpt_speedrun has."""
+RATE = 1e-2
+"""gpt_speedrun's learning rate."""
+LM_FLAX = ("-m", "lm_flax.cli")
 
 
 def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_sizes(parser)
+    parser.add_argument("--gpt2-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates")
+    parser.add_argument("--speedrun-rates", type=float, nargs="+", default=[RATE], help="learning rates")
+    return parser.parse_args()
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is trained, and on how much."""
     parser.add_argument("--data", type=Path, required=True, help="folder made by lm-flax prepare")
     parser.add_argument("--workdir", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--steps", type=int, default=1500, help="steps of the GPT-2 recipe")
@@ -36,16 +49,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--gpt2-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates")
-    parser.add_argument("--speedrun-rates", type=float, nargs="+", default=[1e-2], help="learning rates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=DOCS, help="folder of the result")
-    return parser.parse_args()
 
 
-def train(options: argparse.Namespace, preset: str, rate: float, steps: int) -> dict:
-    """A run, made or gone on with: its tokens, its held-out loss at the end and on the way."""
-    home = options.workdir / f"{preset}-{rate:g}-{steps}"
+def train(
+    options: argparse.Namespace,
+    preset: str,
+    rate: float,
+    steps: int,
+    program: Sequence[str] = LM_FLAX,
+    name: str = "",
+    **more: str | float,
+) -> dict:
+    """A run, made or gone on with: its tokens, its held-out loss at the end and on the way.
+
+    ``program`` is what Python is to run; ``name`` tells this run's folder from others; ``more`` are settings besides.
+    """
+    home = options.workdir / f"{preset}{name}-{rate:g}-{steps}"
     settings = {
         "model.num-layers": options.layers,
         "model.width": options.width,
@@ -55,7 +76,7 @@ def train(options: argparse.Namespace, preset: str, rate: float, steps: int) -> 
         "inputs.length": options.length,
         "loss.num-chunks": 1,
         "optimizer.learning-rate": rate,
-        "schedule.warmup-steps": 100,
+        "schedule.warmup-steps": min(100, steps // 4),
         "train.num-steps": steps,
         "train.batch-size": options.batch,
         "train.eval-every-steps": max(1, options.steps // 5),
@@ -64,19 +85,10 @@ def train(options: argparse.Namespace, preset: str, rate: float, steps: int) -> 
         "seed": options.seed,
     }
     settings |= {"schedule.decay-steps": steps // 2} if preset == "gpt_speedrun" else {}
-    command = [
-        sys.executable,
-        "-m",
-        "lm_flax.cli",
-        "train",
-        preset,
-        "--workdir",
-        str(home),
-        "--data",
-        str(options.data),
-    ]
+    settings |= more
+    command = [sys.executable, *program, "train", preset, "--workdir", str(home), "--data", str(options.data)]
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    print(f"{preset}, learning rate {rate:g}, {steps} steps", flush=True)
+    print(f"{preset}{name}, learning rate {rate:g}, {steps} steps", flush=True)
     done = subprocess.run([*command, *flags, "--log.no-tensorboard"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)

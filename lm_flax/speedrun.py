@@ -92,6 +92,8 @@ def squared_relu(x: Array) -> Array:
 
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform within 1 / sqrt(inputs), as torch's linear layers begin, and so the code that this follows."""
+_out_init = nn.initializers.zeros
+"""Of the projections that are added to the hidden states."""
 
 
 class SpeedrunBlock(nn.Module):
@@ -119,7 +121,7 @@ class SpeedrunBlock(nn.Module):
             head_width=config.head_width,
             use_bias=False,
             kernel_init=_kernel_init,
-            out_init=nn.initializers.zeros,
+            out_init=_out_init,
             dtype=self.dtype,
             name="attention",
         )
@@ -128,7 +130,7 @@ class SpeedrunBlock(nn.Module):
         )
         x_BLD += dropout(mixed_BLD)
         up = Linear((config.mlp_width,), _kernel_init, self.dtype, use_bias=False, name="up")
-        down = Linear((config.width,), nn.initializers.zeros, self.dtype, use_bias=False, name="down")
+        down = Linear((config.width,), _out_init, self.dtype, use_bias=False, name="down")
         hidden_BLF = sharding.constrain(squared_relu(up(normalised(x_BLD))), "batch", "length", "mlp")
         x_BLD += dropout(down(hidden_BLF))
         return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
