@@ -59,8 +59,10 @@ def test_ids_are_theirs(files, name):
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
-def test_what_is_exported_reads_texts_as_it_did(tmp_path, model, kind):
+def test_what_is_exported_reads_texts_as_it_did(tmp_path, monkeypatch, model, kind):
     """Of characters that are known, with one space between words: what SentencePiece makes of others is its own."""
+    # transformers reads SentencePiece files by code that wants a newer protobuf than Beam admits, but works with it.
+    monkeypatch.setenv("TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK", "true")
     text = "the old dog saw the farmer's café, and it was said: the dog is old.\nIt fell so\n\nover the bridge"
     train = tokenizers.train_byte_pairs if kind == "bpe" else tokenizers.train_pieces
     made = train([text] * 20, 300 if kind == "bpe" else 60)
