@@ -9,13 +9,15 @@ and seqeval's.
 
 --data is a folder in GLUE's layout (MRPC/train.tsv ...); for ner the folder of eng.train and eng.testa; for qa that of
 train-v1.1.json and dev-v1.1.json. Metrics are in percent, of the whole dev set, after every epoch. Each run (task,
-seed) appends a line of JSON to --output; a run that the file holds already is not repeated. Needs the extra [parity],
-and scipy, scikit-learn and seqeval.
+seed) appends a line of JSON to --output; a run that the file holds already is not repeated, and one that was killed
+goes on from where it was a few minutes before, then without times. Needs the extra [parity], and scipy, scikit-learn
+and seqeval.
 """
 
 import argparse
 import collections
 import csv
+import ctypes
 import hashlib
 import itertools
 import json
@@ -49,6 +51,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 RECIPE = {"batch": 32, "weight_decay": 0.01, "clip_norm": 1.0, "warmup": 0.1, "dropout": 0.1}
 BATCH, UNTIMED_STEPS = RECIPE["batch"], 5
+SAVE_SECONDS = 300
 GROUPED = 50
 """Batches among which --group-by-length sorts, as the sampler of transformers' Trainer does."""
 STRIDE, MAX_QUESTION, MAX_ANSWER, N_BEST = 128, 64, 30, 20
@@ -284,12 +287,79 @@ def draw_order(lengths: list[int], draws: torch.Generator, grouped: bool) -> lis
     return [row for place in [*places, len(batches) - 1] for row in batches[place]]
 
 
-def train(model: Any, steps: Any, work: Workload, order: list[int], skip: int, options: argparse.Namespace) -> dict:
-    """One epoch: mean loss, and the seconds and examples of the steps after the first ``skip``."""
+def savepoint_path(task: str, seed: int, options: argparse.Namespace) -> Path:
+    """Beside the output; of these settings and no others."""
+    digest = hashlib.sha256(json.dumps(settings(options), sort_keys=True).encode()).hexdigest()
+    return options.output.with_suffix(f".{task}-{seed}-{digest[:8]}.pt")
+
+
+def release_memory() -> None:
+    """Gives back what malloc keeps: --keep-memory's heap, taken by batches of ever other shapes, grew to 16 GB."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+class Savepoint:
+    """Where a run is, in a file: written every few minutes, so that a kill costs no more.
+
+    Attributes:
+      path: the file.
+      held: model, optimizer and schedule.
+      epochs: what is told of the epochs that are complete.
+      losses: of the steps of the one that is not.
+      draws: state of the generator of orders at its beginning.
+      resumed: whether this is not the process that began the run, whose times then mean nothing.
+    """
+
+    def __init__(self, path: Path, model: Any, steps: Any, order: torch.Generator) -> None:
+        self.path, self.held, self.order, self.written = path, (model, *steps), order, time.perf_counter()
+        self.epochs, self.losses, self.draws, self.resumed = [], [], order.get_state(), path.exists()
+        if self.resumed:
+            saved = torch.load(path, weights_only=True)
+            for each, state in zip(self.held, saved["states"], strict=True):
+                each.load_state_dict(state)
+            self.epochs, self.losses, self.draws = json.loads(saved["epochs"]), saved["losses"], saved["draws"]
+            order.set_state(self.draws)
+            torch.set_rng_state(saved["random"])
+
+    def end_epoch(self, told: dict[str, Any]) -> None:
+        """The epoch is complete."""
+        self.epochs, self.losses, self.draws = [*self.epochs, told], [], self.order.get_state()
+        self.write()
+
+    def after_step(self, losses: list[torch.Tensor]) -> None:
+        """Writes if the file is older than it may be."""
+        if len(losses) % GROUPED == 0:
+            release_memory()
+        if time.perf_counter() - self.written > SAVE_SECONDS:
+            self.losses = [float(loss) for loss in losses]
+            self.write()
+
+    def write(self) -> None:
+        """All of it, in one go."""
+        states = [each.state_dict() for each in self.held]
+        told = {"states": states, "epochs": json.dumps(self.epochs), "losses": self.losses, "draws": self.draws}
+        torch.save({**told, "random": torch.get_rng_state()}, self.path.with_suffix(".new"))
+        self.path.with_suffix(".new").replace(self.path)
+        self.written = time.perf_counter()
+
+
+def train(
+    model: Any,
+    steps: Any,
+    work: Workload,
+    order: list[int],
+    skip: int,
+    options: argparse.Namespace,
+    point: Savepoint | None = None,
+) -> dict:
+    """One epoch, or the rest of it: mean loss, and the seconds and examples of the steps after the first ``skip``."""
     optimizer, schedule = steps
-    losses, start = [], None
+    losses, start = [torch.tensor(loss) for loss in (point.losses if point else ())], None
+    done = len(losses)
     model.train()
     for number, first in enumerate(range(0, len(order), BATCH)):
+        if number < done:
+            continue
         if number == skip:
             if losses:
                 losses[-1].item()  # waits for the device, as reading the mean does at the end
@@ -302,6 +372,8 @@ def train(model: Any, steps: Any, work: Workload, order: list[int], skip: int, o
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
+        if point:
+            point.after_step(losses)
     figures = {"train_loss": torch.stack(losses).mean().item(), "timed_examples": max(0, len(order) - skip * BATCH)}
     return figures | {"timed_seconds": time.perf_counter() - start if start else 0.0}
 
@@ -330,20 +402,22 @@ def run(task: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = load_model(work, options)
     steps = make_optimizer(model, math.ceil(len(work.train) / BATCH) * options.epochs, options.learning_rate)
-    order, epochs = torch.Generator().manual_seed(seed), []
-    for epoch in range(options.epochs):
+    order = torch.Generator().manual_seed(seed)
+    point = Savepoint(savepoint_path(task, seed, options), model, steps, order)
+    for epoch in range(len(point.epochs), options.epochs):
         rows = draw_order([len(row["input_ids"]) for row in work.train], order, options.group_by_length)
-        figures = train(model, steps, work, rows, 0 if epoch else UNTIMED_STEPS, options)
+        figures = train(model, steps, work, rows, 0 if epoch else UNTIMED_STEPS, options, point)
         outputs, seconds = predict(model, work, options)
         metrics = {name: round(100 * float(value), 3) for name, value in work.score(outputs).items()}
-        epochs.append({"epoch": epoch + 1, "metrics": metrics, **figures, "predict_seconds": seconds})
-        print(f"{task} seed {seed}: {json.dumps(epochs[-1])}", flush=True)
-    timed = sum(each["timed_seconds"] for each in epochs)
+        point.end_epoch({"epoch": epoch + 1, "metrics": metrics, **figures, "predict_seconds": seconds})
+        print(f"{task} seed {seed}: {json.dumps(point.epochs[-1])}", flush=True)
+    epochs = point.epochs
+    timed = 0.0 if point.resumed else sum(each["timed_seconds"] for each in epochs)
     return {
         "metrics": epochs[-1]["metrics"],
         "train_examples_per_second": sum(each["timed_examples"] for each in epochs) / timed if timed else None,
         "predict_examples_per_second": len(work.dev) * len(epochs) / sum(each["predict_seconds"] for each in epochs),
-        "seconds": time.perf_counter() - start,
+        "seconds": None if point.resumed else time.perf_counter() - start,
         "seconds_of_reading_and_tokenizing": encoded - start,
         "features": {"train": len(work.train), "dev": len(work.dev)},
         "load_before_and_after": [load, os.getloadavg()[0]],
@@ -417,6 +491,7 @@ def main() -> None:
             print(json.dumps({name: value for name, value in report.items() if name != "epochs"}, indent=1))
             with common.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(report) + "\n")
+            savepoint_path(task, seed, options).unlink()
 
 
 if __name__ == "__main__":
