@@ -17,7 +17,6 @@ and seqeval.
 import argparse
 import collections
 import csv
-import ctypes
 import hashlib
 import itertools
 import json
@@ -48,10 +47,10 @@ from scipy.stats import pearsonr, spearmanr
 from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch_savepoint import Savepoint
 
 RECIPE = {"batch": 32, "weight_decay": 0.01, "clip_norm": 1.0, "warmup": 0.1, "dropout": 0.1}
 BATCH, UNTIMED_STEPS = RECIPE["batch"], 5
-SAVE_SECONDS = 300
 GROUPED = 50
 """Batches among which --group-by-length sorts, as the sampler of transformers' Trainer does."""
 STRIDE, MAX_QUESTION, MAX_ANSWER, N_BEST = 128, 64, 30, 20
@@ -291,56 +290,6 @@ def savepoint_path(task: str, seed: int, options: argparse.Namespace) -> Path:
     """Beside the output; of these settings and no others."""
     digest = hashlib.sha256(json.dumps(settings(options), sort_keys=True).encode()).hexdigest()
     return options.output.with_suffix(f".{task}-{seed}-{digest[:8]}.pt")
-
-
-def release_memory() -> None:
-    """Gives back what malloc keeps: --keep-memory's heap, taken by batches of ever other shapes, grew to 16 GB."""
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-class Savepoint:
-    """Where a run is, in a file: written every few minutes, so that a kill costs no more.
-
-    Attributes:
-      path: the file.
-      held: model, optimizer and schedule.
-      epochs: what is told of the epochs that are complete.
-      losses: of the steps of the one that is not.
-      draws: state of the generator of orders at its beginning.
-      resumed: whether this is not the process that began the run, whose times then mean nothing.
-    """
-
-    def __init__(self, path: Path, model: Any, steps: Any, order: torch.Generator) -> None:
-        self.path, self.held, self.order, self.written = path, (model, *steps), order, time.perf_counter()
-        self.epochs, self.losses, self.draws, self.resumed = [], [], order.get_state(), path.exists()
-        if self.resumed:
-            saved = torch.load(path, weights_only=True)
-            for each, state in zip(self.held, saved["states"], strict=True):
-                each.load_state_dict(state)
-            self.epochs, self.losses, self.draws = json.loads(saved["epochs"]), saved["losses"], saved["draws"]
-            order.set_state(self.draws)
-            torch.set_rng_state(saved["random"])
-
-    def end_epoch(self, told: dict[str, Any]) -> None:
-        """The epoch is complete."""
-        self.epochs, self.losses, self.draws = [*self.epochs, told], [], self.order.get_state()
-        self.write()
-
-    def after_step(self, losses: list[torch.Tensor]) -> None:
-        """Writes if the file is older than it may be."""
-        if len(losses) % GROUPED == 0:
-            release_memory()
-        if time.perf_counter() - self.written > SAVE_SECONDS:
-            self.losses = [float(loss) for loss in losses]
-            self.write()
-
-    def write(self) -> None:
-        """All of it, in one go."""
-        states = [each.state_dict() for each in self.held]
-        told = {"states": states, "epochs": json.dumps(self.epochs), "losses": self.losses, "draws": self.draws}
-        torch.save({**told, "random": torch.get_rng_state()}, self.path.with_suffix(".new"))
-        self.path.with_suffix(".new").replace(self.path)
-        self.written = time.perf_counter()
 
 
 def train(
