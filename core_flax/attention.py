@@ -1,7 +1,8 @@
 """Attention: the arithmetic and the module, without any notion of which architecture uses them."""
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 from core_flax import hardware, kernels, sharding
 from core_flax.cache import KeyValueCache
 from core_flax.kernels import Mask
-from core_flax.layers import Dropout, Linear, Weights, linear
+from core_flax.layers import Drop, Dropout, Linear, Weights, linear
 from core_flax.types import Array
+
+CACHED_SCORES = 2**21
+"""Scores, of four bytes each, among which a CPU goes to and fro without going to memory."""
 
 
 def padding_mask(valid_BM: Array) -> Array:
@@ -131,6 +135,44 @@ def _attend(
         if kernel := kernels.choose(q_BLHK, k_BMGK, mask, dropout is not None):
             return kernel.run(q_BLHK, k_BMGK, v_BMGK, mask)
         mask = mask.array(q_BLHK.shape[1], k_BMGK.shape[1])
+    size = _rows_at_a_time(q_BLHK, k_BMGK)
+    if size == len(q_BLHK) or not (dropout is None or isinstance(dropout, Drop)):
+        return _attend_plainly(q_BLHK, k_BMGK, v_BMGK, mask, dropout)
+    is_shared = mask is None or len(mask) == 1
+
+    def group(rows: tuple[Array, Array, Array, Array | None, Array | None]) -> Array:
+        q, k, v, own_mask, row_B = rows
+        drop = None if row_B is None else dataclasses.replace(cast(Drop, dropout), row_B=row_B)
+        return _attend_plainly(q, k, v, mask if is_shared else own_mask, drop)
+
+    rows = q_BLHK, k_BMGK, v_BMGK, None if is_shared else mask, None if dropout is None else dropout.row_B
+    groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+    # Computing the scores again in the backward pass takes less time than reading them from memory.
+    return jax.lax.map(jax.checkpoint(group), groups).reshape(q_BLHK.shape)
+
+
+def _rows_at_a_time(q_BLHK: Array, k_BMGK: Array) -> int:
+    """Rows that the plain way takes at once: on a CPU as many as have scores that its caches hold, and divide B.
+
+    Passes over the scores, from the softmax to the dropout, take longer than the products where they go to memory.
+    """
+    (batch_size, length, num_heads, _), memory = q_BLHK.shape, k_BMGK.shape[1]
+    is_split = not jax.sharding.get_abstract_mesh().empty and jax.sharding.get_abstract_mesh().size > 1
+    most = CACHED_SCORES // (num_heads * length * memory)
+    if hardware.platform() != "cpu" or is_split or batch_size <= most or batch_size != len(k_BMGK):
+        return batch_size
+    # Not one row: products of one are slower.
+    divisors = [size for size in range(2, batch_size) if batch_size % size == 0] or [batch_size]
+    return max((size for size in divisors if size <= most), default=divisors[0])
+
+
+def _attend_plainly(
+    q_BLHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    mask: Array | None,
+    dropout: Callable[[Array], Array] | None,
+) -> Array:
     if q_BLHK.shape[2] == k_BMGK.shape[2]:
         return dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask, dropout)
     assert mask is not None, "attention with groups of heads that looks everywhere"
@@ -181,16 +223,9 @@ class MultiHeadAttention(nn.Module):
                 sharding.constrain(linear(source, *each), "batch", "length", "heads", "head_width")
                 for source, each in zip(inputs, weights, strict=True)
             )
-        dropout = Dropout(self.dropout_rate)
-        mixed_BLHK = attend(q_BLHK, k_BMHK, v_BMHK, mask, _dropped(dropout, row_B, deterministic))
+        dropout = Dropout(self.dropout_rate).draw(len(x_BLD), row_B=row_B, deterministic=deterministic)
+        mixed_BLHK = attend(q_BLHK, k_BMHK, v_BMHK, mask, dropout)
         return Linear((width,), self.kernel_init, self.dtype, num_inputs=2, name="out")(mixed_BLHK)
-
-
-def _dropped(dropout: Dropout, row_B: Array | None, deterministic: bool) -> Callable[[Array], Array] | None:
-    """A function of the probabilities; None where it would return them as they are."""
-    if deterministic or dropout.rate == 0.0:
-        return None
-    return partial(dropout, row_B=row_B, deterministic=False)
 
 
 class SelfAttention(nn.Module):
@@ -245,8 +280,8 @@ class SelfAttention(nn.Module):
         if cache is not None:
             cache = cache.write(layer, k_BLGK, v_BLGK)
             k_BLGK, v_BLGK = cache.read(layer)
-        dropout = Dropout(self.dropout_rate)
-        mixed_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, _dropped(dropout, row_B, deterministic))
+        dropout = Dropout(self.dropout_rate).draw(len(x_BLD), row_B=row_B, deterministic=deterministic)
+        mixed_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, dropout)
         out = Linear(
             x_BLD.shape[-1:], self.out_init or self.kernel_init, self.dtype, self.use_bias, num_inputs=2, name="out"
         )

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -155,6 +156,26 @@ def row_bits(key: Array, row_B: Array, shape: tuple[int, ...]) -> Array:
     return mix(place * multiplier_B[expand] + offset_B[expand])
 
 
+@flax.struct.dataclass
+class Drop:
+    """Dropout whose key is drawn, a function of arrays that may be taken into transformations of JAX.
+
+    Attributes:
+      key: its randomness.
+      row_B: the examples' numbers in the global batch.
+      rate: the share of elements that becomes zero.
+    """
+
+    key: Array
+    row_B: Array
+    rate: float = flax.struct.field(pytree_node=False)
+
+    def __call__(self, x: Array) -> Array:
+        """Drops elements of x, [B, ...], and scales the others by 1 / (1 - rate)."""
+        keep = row_bits(self.key, self.row_B, x.shape[1:]) >= jnp.uint32(round(self.rate * 2**32))
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))
+
+
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014) drawn per example, so that splitting a batch does not change it.
 
@@ -163,7 +184,6 @@ class Dropout(nn.Module):
 
     rate: float
 
-    @nn.compact
     def __call__(self, x: Array, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
         """Drops elements of x, [B, ...], and scales the others by 1 / (1 - rate).
 
@@ -172,13 +192,14 @@ class Dropout(nn.Module):
           row_B: the example's number in the global batch; None: 0, 1, 2 ...
           deterministic: True to return x as it is.
         """
+        drop = self.draw(x.shape[0], row_B=row_B, deterministic=deterministic)
+        return x if drop is None else drop(x)
+
+    def draw(self, batch_size: int, *, row_B: Array | None = None, deterministic: bool = True) -> Drop | None:
+        """What it does to arrays of B rows; None where that is nothing."""
         if deterministic or self.rate == 0.0:
-            return x
-        if row_B is None:
-            row_B = jnp.arange(x.shape[0])
-        bits = row_bits(self.make_rng("dropout"), row_B, x.shape[1:])
-        keep = bits >= jnp.uint32(round(self.rate * 2**32))
-        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))
+            return None
+        return Drop(self.make_rng("dropout"), jnp.arange(batch_size) if row_B is None else row_B, self.rate)
 
 
 def gelu(x: Array) -> Array:

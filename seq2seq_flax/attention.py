@@ -65,14 +65,15 @@ class CrossAttention(nn.Module):
         """Returns [B, L, D]; the mask as for ``attend``, ``row_B`` and ``deterministic`` as in ``layers.Dropout``."""
         (q_BLHK,) = self._project(x_BLD, self.query)
 
-        def dropout(probs_BHLM: Array) -> Array:
+        drop = self.dropout.draw(len(x_BLD), row_B=row_B, deterministic=deterministic)
+
+        def seen(probs_BHLM: Array) -> Array:
             self.sow(LOOKED_AT, "probs", probs_BHLM)
-            return self.dropout(probs_BHLM, row_B=row_B, deterministic=deterministic)
+            return probs_BHLM if drop is None else drop(probs_BHLM)
 
         k_BMHK, v_BMHK = (x.swapaxes(1, 2) for x in keys_values)
-        plain = deterministic or self.dropout_rate == 0.0
-        unseen = plain and not self.is_mutable_collection(LOOKED_AT)  # nobody wants the probabilities
-        return self.out(attend(q_BLHK, k_BMHK, v_BMHK, mask, None if unseen else dropout))
+        wanted = self.is_mutable_collection(LOOKED_AT)
+        return self.out(attend(q_BLHK, k_BMHK, v_BMHK, mask, seen if wanted else drop))
 
     def _project(self, x_BLD: Array, *projections: Weights) -> tuple[Array, ...]:
         """x mapped by each of the projections: one product, as narrow matrices leave cores idle."""

@@ -11,7 +11,7 @@ from core_flax import kernels, sharding
 from core_flax.attention import attend
 from core_flax.config import MeshConfig
 from core_flax.kernels import Call, Mask, chunked, splash
-from core_flax.layers import Dropout
+from core_flax.layers import Drop
 
 B, L, M, CHUNK = 3, 24, 32, 8
 
@@ -175,7 +175,7 @@ def test_each_choice_is_told_once_with_its_reasons():
     with kernels.telling(told.append):
         for _ in range(2):
             attend(q, q, q, kernels.causal())
-        attend(q, q, q, kernels.causal(), Dropout(0.1).bind({}, rngs={"dropout": jax.random.key(0)}))
+        attend(q, q, q, kernels.causal(), Drop(jax.random.key(0), jnp.arange(2), 0.1))
     assert len(told) == 2
     assert told[0].startswith(
         "attention of 16 to 16 tokens, 2 heads of 8, float32, causal, on cpu: plain XLA (no splash: "
