@@ -14,7 +14,7 @@ from core_flax.kernels import Mask
 from core_flax.layers import Drop, Dropout, Linear, Weights, linear
 from core_flax.types import Array
 
-CACHED_SCORES = 2**21
+CACHED_SCORES = 2**20
 """Scores, of four bytes each, among which a CPU goes to and fro without going to memory."""
 
 
