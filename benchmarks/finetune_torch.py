@@ -47,7 +47,7 @@ from scipy.stats import pearsonr, spearmanr
 from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from torch_savepoint import Savepoint
+from torch_savepoint import RELEASE_STEPS, Savepoint, release_memory
 
 RECIPE = {"batch": 32, "weight_decay": 0.01, "clip_norm": 1.0, "warmup": 0.1, "dropout": 0.1}
 BATCH, UNTIMED_STEPS = RECIPE["batch"], 5
@@ -339,6 +339,8 @@ def predict(model: Any, work: Workload, options: argparse.Namespace) -> tuple[li
         logits = (torch.stack(pair, -1) if pair else answer.logits).float().cpu().numpy()
         sizes = [None if logits.ndim == 2 else len(row["input_ids"]) for row in rows]
         outputs += [each[:size] for each, size in zip(logits, sizes, strict=True)]
+        if first // BATCH % RELEASE_STEPS == 0:
+            release_memory()
     return outputs, time.perf_counter() - start
 
 

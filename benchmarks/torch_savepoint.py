@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-SAVE_SECONDS, RELEASE_STEPS = 300, 50
-"""From one writing to the next, and from one return of memory to the next."""
+SAVE_SECONDS, RELEASE_STEPS = 300, 10
+"""From one writing to the next, and from one return of memory to the next, in batches."""
 
 
 def release_memory() -> None:
-    """Gives back what malloc keeps: --keep-memory's heap, taken by batches of ever other shapes, grew to 16 GB."""
+    """Gives back what malloc keeps: --keep-memory's heap, taken by batches of ever other shapes, grows to 14 GB."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
