@@ -157,9 +157,8 @@ def _rows_at_a_time(q_BLHK: Array, k_BMGK: Array) -> int:
     Passes over the scores, from the softmax to the dropout, take longer than the products where they go to memory.
     """
     (batch_size, length, num_heads, _), memory = q_BLHK.shape, k_BMGK.shape[1]
-    is_split = not jax.sharding.get_abstract_mesh().empty and jax.sharding.get_abstract_mesh().size > 1
     most = CACHED_SCORES // (num_heads * length * memory)
-    if hardware.platform() != "cpu" or is_split or batch_size <= most or batch_size != len(k_BMGK):
+    if hardware.platform() != "cpu" or sharding.is_split() or batch_size <= most or batch_size != len(k_BMGK):
         return batch_size
     # Not one row: products of one are slower.
     divisors = [size for size in range(2, batch_size) if batch_size % size == 0] or [batch_size]

@@ -159,6 +159,12 @@ def ways(name: str) -> int:
     return 1 if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) else _ways(name, mesh)
 
 
+def is_split() -> bool:
+    """Whether the mesh in context has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def on_each_device(
     function: Callable[..., Array], inputs: tuple[tuple[str, ...], ...], output: tuple[str, ...]
 ) -> Callable[..., Array]:
