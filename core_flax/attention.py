@@ -135,10 +135,20 @@ def _attend(
         if kernel := kernels.choose(q_BLHK, k_BMGK, mask, dropout is not None):
             return kernel.run(q_BLHK, k_BMGK, v_BMGK, mask)
         mask = mask.array(q_BLHK.shape[1], k_BMGK.shape[1])
+    return _attend_in_groups(q_BLHK, k_BMGK, v_BMGK, mask, dropout)
+
+
+def _attend_in_groups(
+    q_BLHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    mask: Array | None,
+    dropout: Callable[[Array], Array] | None,
+) -> Array:
     size = _rows_at_a_time(q_BLHK, k_BMGK)
     if size == len(q_BLHK) or not (dropout is None or isinstance(dropout, Drop)):
         return _attend_plainly(q_BLHK, k_BMGK, v_BMGK, mask, dropout)
-    is_shared = mask is None or len(mask) == 1
+    is_shared = mask is None or mask.shape[0] == 1
 
     def group(rows: tuple[Array, Array, Array, Array | None, Array | None]) -> Array:
         q, k, v, own_mask, row_B = rows
