@@ -12,8 +12,8 @@ time but no figure.
 
 It may be stopped at any time, by Ctrl-C or SIGTERM, and started again with the same command: what DIR holds is not
 repeated, and our own run goes on from where it was saved. The report is written anew after each run, from all that DIR
-holds of these tasks and seeds, whatever recipes it was made by; --report writes it and runs nothing. Needs what
-finetune_torch.py needs.
+holds of these tasks and seeds, whatever recipes it was made by; --report writes it and runs nothing. --known takes the
+runs of an earlier report into a new DIR. Needs what finetune_torch.py needs.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=("ours", "torch", "better"), default=["ours", "torch", "better"])
     parser.add_argument("--recipe", action="append", help="options to try, instead of finetune_studies.py's")
     parser.add_argument("--after-mnli", action="store_true", help="of each --recipe: train on a part of MNLI first")
+    parser.add_argument("--known", type=Path, nargs="+", help="reports' .json files, whose runs count as made")
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--output", type=Path, help="without an ending; default: docs/results/finetune_STUDY")
     options = parser.parse_args()
@@ -166,6 +167,16 @@ def stored(options: argparse.Namespace, side: str) -> Lines:
     """The complete runs of a side."""
     path = options.workdir / f"{side}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def take_known(options: argparse.Namespace) -> None:
+    """Adds the runs of the reports named to the files of runs, but for those that these hold."""
+    for report in options.known or ():
+        for run in json.loads(report.read_text(encoding="utf-8"))["runs"]:
+            line = {name: value for name, value in run.items() if name != "side"}
+            if line not in stored(options, run["side"]):
+                with (options.workdir / f"{run['side']}.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
 
 
 def find(options: argparse.Namespace, task: Task, seed: int, recipe: Recipe) -> dict[str, Any] | None:
@@ -365,6 +376,7 @@ def main() -> None:
     """Run what is missing, seed by seed, so that whatever it is stopped at can be compared; better recipes last."""
     options = parse()
     options.workdir.mkdir(parents=True, exist_ok=True)
+    take_known(options)
     study = STUDIES[options.study]
     tasks = [task for task in study.tasks if task.name in (options.tasks or [task.name])]
     given = [Recipe(as_words(text), options.after_mnli) for text in options.recipe or ()]
