@@ -281,6 +281,31 @@ class GatedFeedForward(nn.Module):
         return Linear((width,), kernel_init=out_init, dtype=self.dtype, use_bias=False, name="down")(hidden_BLF)
 
 
+SMALL = 2**15
+"""Elements that a CPU computes again in less time than it takes to keep them."""
+
+
+def materialised(x: Array) -> Array:
+    """x as it is, computed once where several operations read it, and its gradient likewise.
+
+    Meant for hidden states after an addition: in a pre-norm model they are a sum over the layers before, and their
+    gradient one over the layers behind, which XLA on a CPU would compute anew in every fusion that reads them.
+    (``jax.lax.optimization_barrier`` it drops before it fuses.) Nothing happens elsewhere.
+    """
+    if hardware.platform() != "cpu" or sharding.is_split() or x.size < SMALL:
+        return x
+    return _materialised(x)
+
+
+@jax.custom_vjp
+def _materialised(x: Array) -> Array:
+    # A choice that is not known at compile time is an operation of its own. Both ways lead to x.
+    return jax.lax.cond(x.ravel()[0] < jnp.inf, lambda x: x, lambda x: jnp.abs(x) * jnp.sign(x), x)
+
+
+_materialised.defvjp(lambda x: (_materialised(x), None), lambda _, grad: (_materialised(grad),))
+
+
 Remat = Literal["none", "elementwise", "block"]
 
 
@@ -314,16 +339,10 @@ def layer_params(layers: Params, number: int) -> Params:
     return layers[str(number)] if str(number) in layers else jax.tree.map(lambda x: x[number], layers)
 
 
-def layers_per_turn(unroll: int | None, num_layers: int, pre_norm: bool = False) -> int:
+def layers_per_turn(unroll: int | None, num_layers: int) -> int:
     """How many layers one turn of a scan over them computes; None: all of them on a CPU, one on an accelerator.
 
     A turn slices its layers' parameters out of the stacked arrays and writes their gradients into others: copies, which
     a CPU feels, while one turn for all compiles for as long as it has layers.
-
-    ``pre_norm``: nothing norms the hidden states after an addition, so their gradient is a sum over all layers behind.
-    Within a turn XLA computes that sum anew in every fusion that reads it, which for GPT-2's twelve layers on a CPU
-    takes more than the copies: more than four such layers are computed one to a turn.
     """
-    if unroll:
-        return unroll
-    return num_layers if jax.default_backend() == "cpu" and not (pre_norm and num_layers > 4) else 1
+    return unroll or (num_layers if jax.default_backend() == "cpu" else 1)

@@ -14,7 +14,17 @@ from core_flax import kernels, sharding
 from core_flax.attention import SelfAttention
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
-from core_flax.layers import Embedding, GatedFeedForward, Remat, RMSNorm, layer_params, layers_per_turn, remat, unstack
+from core_flax.layers import (
+    Embedding,
+    GatedFeedForward,
+    Remat,
+    RMSNorm,
+    layer_params,
+    layers_per_turn,
+    materialised,
+    remat,
+    unstack,
+)
 from core_flax.rotary import Rotation, rotate, rotation
 from core_flax.types import Array, Params, UserError
 
@@ -52,7 +62,7 @@ class LlamaConfig:
     block from its input. Changes results by rounding at most."""
     unroll: int | None = None
     """Layers computed by one turn of the loop over them: more means fewer copies and longer to compile. None: one; on a
-    CPU all, if there are four at most. Changes results by rounding at most."""
+    CPU all. Changes results by rounding at most."""
 
     FREE: ClassVar = frozenset({"remat", "unroll"})
 
@@ -125,12 +135,12 @@ class LlamaBlock(nn.Module):
             layer,
             prepare=lambda heads: rotate(heads, rotation),
         )
-        x_BLD += mixed_BLD
+        x_BLD = materialised(x_BLD + mixed_BLD)
 
         mlp = GatedFeedForward(
             config.mlp_width, jax.nn.silu, config.kernel_init, self.dtype, config.out_init, name="mlp"
         )
-        x_BLD += mlp(norm(name="mlp_norm")(x_BLD))
+        x_BLD = materialised(x_BLD + mlp(norm(name="mlp_norm")(x_BLD)))
         return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
 
 
@@ -151,7 +161,7 @@ class Llama(nn.Module):
         """Creates the submodules."""
         config = self.config
         self.token = Embedding(config.vocab_size, config.width, config.kernel_init, self.dtype)
-        unroll = layers_per_turn(config.unroll, config.num_layers, pre_norm=True)
+        unroll = layers_per_turn(config.unroll, config.num_layers)
         self.layers = nn.scan(
             remat(LlamaBlock, config.remat, unroll, static=()),
             variable_axes={"params": 0},

@@ -22,6 +22,7 @@ from core_flax.layers import (
     gelu_tanh,
     layer_params,
     layers_per_turn,
+    materialised,
     remat,
     unstack,
 )
@@ -59,7 +60,7 @@ class GPT2Config:
     block from its input. Changes results by rounding at most."""
     unroll: int | None = None
     """Layers computed by one turn of the loop over them: more means fewer copies and longer to compile. None: one; on a
-    CPU all, if there are four at most. Changes results by rounding at most."""
+    CPU all. Changes results by rounding at most."""
 
     FREE: ClassVar = frozenset({"remat", "unroll"})
 
@@ -121,10 +122,10 @@ class GPT2Block(nn.Module):
         mixed_BLD, cache = attention(
             norm(name="attention_norm")(x_BLD), mask, cache, layer, row_B=row_B, deterministic=deterministic
         )
-        x_BLD += dropout(mixed_BLD)
+        x_BLD = materialised(x_BLD + dropout(mixed_BLD))
 
         mlp = FeedForward(config.mlp_width, gelu_tanh, config.kernel_init, self.dtype, config.out_init, name="mlp")
-        x_BLD += dropout(mlp(norm(name="mlp_norm")(x_BLD)))
+        x_BLD = materialised(x_BLD + dropout(mlp(norm(name="mlp_norm")(x_BLD))))
         return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
 
 
@@ -148,7 +149,7 @@ class GPT2(nn.Module):
         self.token = table(config.vocab_size)
         self.position = table(config.max_length)
         self.dropout = Dropout(config.dropout)
-        unroll = layers_per_turn(config.unroll, config.num_layers, pre_norm=True)
+        unroll = layers_per_turn(config.unroll, config.num_layers)
         block = remat(GPT2Block, config.remat, unroll, static=(5,))
         self.layers = nn.scan(
             block,

@@ -21,7 +21,17 @@ from core_flax import kernels, sharding
 from core_flax.attention import SelfAttention
 from core_flax.cache import KeyValueCache
 from core_flax.config import check_range
-from core_flax.layers import Dropout, Embedding, Linear, Remat, layer_params, layers_per_turn, remat, unstack
+from core_flax.layers import (
+    Dropout,
+    Embedding,
+    Linear,
+    Remat,
+    layer_params,
+    layers_per_turn,
+    materialised,
+    remat,
+    unstack,
+)
 from core_flax.rotary import Rotation, rotate, rotation
 from core_flax.types import Array, Params, UserError
 
@@ -56,7 +66,7 @@ class SpeedrunConfig:
     block from its input. Changes results by rounding at most."""
     unroll: int | None = None
     """Layers computed by one turn of the loop over them: more means fewer copies and longer to compile. None: one; on a
-    CPU all, if there are four at most. Changes results by rounding at most."""
+    CPU all. Changes results by rounding at most."""
 
     FREE: ClassVar = frozenset({"remat", "unroll"})
 
@@ -128,11 +138,11 @@ class SpeedrunBlock(nn.Module):
         mixed_BLD, cache = attention(
             normalised(x_BLD), mask, cache, layer, prepare=lambda heads: rotate(normalised(heads), rotation)
         )
-        x_BLD += dropout(mixed_BLD)
+        x_BLD = materialised(x_BLD + dropout(mixed_BLD))
         up = Linear((config.mlp_width,), _kernel_init, self.dtype, use_bias=False, name="up")
         down = Linear((config.width,), _out_init, self.dtype, use_bias=False, name="down")
         hidden_BLF = sharding.constrain(squared_relu(up(normalised(x_BLD))), "batch", "length", "mlp")
-        x_BLD += dropout(down(hidden_BLF))
+        x_BLD = materialised(x_BLD + dropout(down(hidden_BLF)))
         return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
 
 
@@ -156,7 +166,7 @@ class Speedrun(nn.Module):
         self.token = Embedding(config.vocab_size, config.width, table_init, self.dtype)
         self.head = Embedding(config.vocab_size, config.width, nn.initializers.zeros, self.dtype)
         self.dropout = Dropout(config.dropout)
-        unroll = layers_per_turn(config.unroll, config.num_layers, pre_norm=True)
+        unroll = layers_per_turn(config.unroll, config.num_layers)
         self.layers = nn.scan(
             remat(SpeedrunBlock, config.remat, unroll, static=(6,)),
             variable_axes={"params": 0},

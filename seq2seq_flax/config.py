@@ -95,7 +95,7 @@ class ModernConfig:
     block from its input. Changes results by rounding at most."""
     unroll: int | None = None
     """Layers computed by one turn of the loop over them: more means fewer copies and longer to compile. None: one; on a
-    CPU all, if there are four at most. Changes results by rounding at most."""
+    CPU all. Changes results by rounding at most."""
 
     FREE: ClassVar = frozenset({"remat", "unroll"})
 

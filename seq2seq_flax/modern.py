@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from core_flax import kernels, sharding
 from core_flax.attention import SelfAttention, padding_mask
 from core_flax.cache import KeyValueCache, Shared, init_cache
-from core_flax.layers import Dropout, GatedFeedForward, RMSNorm, layer_params, layers_per_turn, remat, unstack
+from core_flax.layers import (
+    Dropout,
+    GatedFeedForward,
+    RMSNorm,
+    layer_params,
+    layers_per_turn,
+    materialised,
+    remat,
+    unstack,
+)
 from core_flax.rotary import Rotation, rotate, rotation
 from core_flax.types import Array, Params
 from seq2seq_flax.attention import LOOKED_AT, CrossAttention
@@ -60,8 +69,8 @@ class EncoderBlock(nn.Module):
         """Maps hidden states [B, L, D], given (mask, rotation of the positions)."""
         (mask, turn), drawn = given, Drawn(row_B=row_B, deterministic=deterministic)
         mixed_BLD, _ = self.attention(self.attention_norm(x_BLD), mask, prepare=_turned(turn), **drawn)
-        x_BLD += self.dropouts[0](mixed_BLD, **drawn)
-        x_BLD += self.dropouts[1](self.mlp(self.mlp_norm(x_BLD)), **drawn)
+        x_BLD = materialised(x_BLD + self.dropouts[0](mixed_BLD, **drawn))
+        x_BLD = materialised(x_BLD + self.dropouts[1](self.mlp(self.mlp_norm(x_BLD)), **drawn))
         return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
 
 
@@ -115,10 +124,10 @@ class DecoderBlock(nn.Module):
         drawn = Drawn(row_B=row_B, deterministic=deterministic)
         normed_BLD = self.self_attention_norm(x_BLD)
         mixed_BLD, cache = self.self_attention(normed_BLD, self_mask, cache, layer, prepare=_turned(turn), **drawn)
-        x_BLD += self.dropouts[0](mixed_BLD, **drawn)
+        x_BLD = materialised(x_BLD + self.dropouts[0](mixed_BLD, **drawn))
         mixed_BLD = self.cross_attention(self.cross_attention_norm(x_BLD), keys_values, mask, **drawn)
-        x_BLD += self.dropouts[1](mixed_BLD, **drawn)
-        x_BLD += self.dropouts[2](self.mlp(self.mlp_norm(x_BLD)), **drawn)
+        x_BLD = materialised(x_BLD + self.dropouts[1](mixed_BLD, **drawn))
+        x_BLD = materialised(x_BLD + self.dropouts[2](self.mlp(self.mlp_norm(x_BLD)), **drawn))
         return x_BLD, cache
 
 
@@ -138,7 +147,7 @@ class ModernTransformer(EncoderDecoder):
 
     def _stack(self, block: type[nn.Module]) -> nn.Module:
         config = self.config
-        unroll = layers_per_turn(config.unroll, config.num_layers, pre_norm=True)
+        unroll = layers_per_turn(config.unroll, config.num_layers)
         return nn.scan(
             remat(block, config.remat, unroll),
             variable_axes={"params": 0, LOOKED_AT: 0},

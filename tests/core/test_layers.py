@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from core_flax.attention import MultiHeadAttention, dot_product_attention, padding_mask
-from core_flax.layers import Dropout, FeedForward, Linear, gelu, layers_per_turn, linear, remat, row_bits
+from core_flax.layers import (
+    SMALL,
+    Dropout,
+    FeedForward,
+    Linear,
+    gelu,
+    layers_per_turn,
+    linear,
+    materialised,
+    remat,
+    row_bits,
+)
 from core_flax.losses import cross_entropy_sums
 
 B, L, M, D, H, K, F, C = 3, 5, 7, 8, 2, 4, 12, 6
@@ -315,6 +326,31 @@ def test_bfloat16_products_of_a_cpu_have_operands_in_bfloat16():
 
 
 def test_layers_per_turn_on_a_cpu():
-    """All of them, but of deep stacks in which the gradient of the hidden states is a sum over layers."""
-    assert [layers_per_turn(None, 12), layers_per_turn(None, 4, pre_norm=True)] == [12, 4]
-    assert [layers_per_turn(None, 12, pre_norm=True), layers_per_turn(3, 12, pre_norm=True)] == [1, 3]
+    """All of them, if nothing else is asked for."""
+    assert [layers_per_turn(None, 12), layers_per_turn(3, 12)] == [12, 3]
+
+
+def test_materialised_is_the_identity():
+    """Values and gradients are handed on bit for bit, whatever stands in the first place."""
+    x = np.random.default_rng(0).standard_normal((2, SMALL)).astype(np.float32)
+    for first in (0.5, -0.0, 0.0, np.inf, -np.inf, np.nan):
+        x[0, :2] = first, -0.0
+        value, pull = jax.vjp(jax.jit(materialised), jnp.asarray(x))
+        np.testing.assert_array_equal(np.asarray(value).view(np.uint32), x.view(np.uint32))
+        np.testing.assert_array_equal(np.asarray(pull(jnp.asarray(x))[0]).view(np.uint32), x.view(np.uint32))
+
+
+def test_materialised_keeps_sums_apart():
+    """XLA has a conditional where the hidden states are added up, and none where they are few."""
+
+    def compiled(size: int) -> str:
+        return jax.jit(lambda x: jnp.tanh(materialised(x + 1.0))).lower(jnp.ones(size)).compile().as_text()
+
+    assert "conditional(" in compiled(SMALL)
+    assert "conditional(" not in compiled(SMALL - 1)
+
+
+def test_materialised_leaves_split_arrays_alone():
+    """With rows on several devices nothing is done: the choice would be made by an element of one of them."""
+    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))):
+        assert "cond" not in str(jax.make_jaxpr(materialised)(jnp.ones(SMALL)))
