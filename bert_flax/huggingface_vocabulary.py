@@ -113,10 +113,14 @@ def _lowercase(
     folder: Path, settings: Mapping[str, Any], tokenizer: Mapping[str, Any], pieces: list[str]
 ) -> tuple[bool, list[str]]:
     said = {value for value in (settings.get("do_lower_case"), _get(tokenizer, LOWER)) if value is not None}
+    if odd := [value for value in said if not isinstance(value, bool)]:
+        raise UserError(
+            f"{folder}: {SETTINGS} or {TOKENIZER} lower-cases by {odd[0]!r}, which is neither true nor false"
+        )
     if len(said) == 2:
         raise UserError(f"{folder}: {SETTINGS} and {TOKENIZER} differ on lower-casing; remove the one that is wrong")
     if said:
-        return bool(said.pop()), []
+        return said.pop(), []
     # Without a word on it, a vocabulary with capital letters is one that text must not be lower-cased for.
     capitals = [piece for piece in pieces if piece != piece.lower() and not piece.startswith("[")]
     because = f"it has {capitals[0]!r}" if capitals else "it has no capital letters"

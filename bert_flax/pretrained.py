@@ -40,7 +40,7 @@ def import_hf(folder: str, output: str) -> None:
       UserError: the folder cannot be read (see load_pretrained), or the output is not empty.
     """
     home = new_folder(output)
-    pretrained = load_pretrained(folder)
+    pretrained = load_pretrained(storage.local_folder("FOLDER", folder))
     save_imported(home, pretrained)
     print(f"{output}: {_size(pretrained)}")
     for line in pretrained.report.lines():
@@ -168,5 +168,6 @@ def _arrays(params: Params) -> dict[str, Any]:
 
 
 def _size(pretrained: Pretrained) -> str:
-    config, count = pretrained.config, sum(x.size for x in jax.tree.leaves(pretrained.params))
-    return f"BERT of {config.num_layers} layers, {config.width} wide, {count:,} parameters"
+    config, count, head = pretrained.config, sum(x.size for x in jax.tree.leaves(pretrained.params)), pretrained.head
+    of_task = f", and the head of a {head.architecture} with {len(head.bias)} outputs" if head else ""
+    return f"BERT of {config.num_layers} layers, {config.width} wide, {count:,} parameters{of_task}"

@@ -330,9 +330,8 @@ def load(path: Path, kinds: str | Collection[str], **extra: type | types.UnionTy
     wanted = [kinds] if isinstance(kinds, str) else list(kinds)
     if stored.get("kind") not in wanted:
         kinds = " or ".join(map(repr, wanted))
-        raise UserError(
-            f"{path} describes a run of kind {stored.get('kind')!r}, not {kinds}; give the folder of such a run"
-        )
+        what = f"a run of kind {stored['kind']!r}, not {kinds}" if "kind" in stored else f"no run of kind {kinds}"
+        raise UserError(f"{path} describes {what}; give the folder of such a run")
     if stored.get("format") != CONFIG_FORMAT:
         raise UserError(f"{path} has format {stored.get('format')}; this version reads format {CONFIG_FORMAT}")
     for name, hint in {"config": dict, **extra}.items():

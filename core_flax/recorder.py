@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
@@ -171,7 +171,7 @@ class Recorder:
             self._fail(f"step {step}: {bad} itself is")
         self._saved = step
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         folder = self._workdir / "checkpoints"
         good = f"the last good checkpoint in {folder} is of step {self._saved}" if self._saved else "no step before was"
         raise NotFiniteError(  # a new workdir: this one's run goes on with its own settings only
@@ -184,12 +184,16 @@ class Recorder:
 
         Raises:
           GivenUp: a signal came.
+          NotFiniteError: the evaluator found a number that is not finite (its FloatingPointError says which).
         """
         self.flush()
         held_out: dict[str, float] = {}
         with self.pause("evaluating"):
             for name, evaluate in self._evaluators.items():
-                metrics = evaluate(params)
+                try:
+                    metrics = evaluate(params)
+                except FloatingPointError as error:
+                    self._fail(f"step {step}: {error} of {name} is")
                 sign, objective = self._ranks[name]
                 held_out = held_out or {**metrics, "loss": sign * metrics[objective]}
                 named = {f"{name}/{key}": value for key, value in metrics.items()}

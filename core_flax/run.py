@@ -158,7 +158,9 @@ def kind_of(folder: Path) -> str | None:
       UserError: there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give a run's, or that of a model that has been downloaded before")
+        raise UserError(
+            f"{folder} is no folder; give that of a run, or of a model on this machine (nothing is downloaded)"
+        )
     try:
         stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -27,7 +27,8 @@ class Evaluator:
       objective: the metric that checkpoints are ranked by.
       maximize: whether it is to become large, not small.
       outputs: (params, batch) -> arrays that are fetched, for metrics that are no sums; jitted together with the sums.
-      score: every batch with its outputs, as numpy arrays -> metrics.
+      score: every batch with its outputs, as numpy arrays -> metrics. FloatingPointError("a score") stops the run, if a
+        number of which metrics are made is not finite.
       carry: () -> what the first batch finds, where each hands something to the next, row to row: a pytree of arrays
         whose first dim is the batch's. None: batches have nothing to do with each other.
     """

@@ -97,9 +97,11 @@ def arrays_from(params: Params, tensors: Mapping[str, Tensor]) -> dict[str, np.n
 
 
 def check_array(folder: Path, name: str, x: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raises UserError if an array that was read is not of the shape that config.json gives."""
+    """Raises UserError if an array that was read is not of the shape that config.json gives, or not of numbers."""
     if x.shape != shape or x.dtype != np.float32:
         raise UserError(
             f"{folder}: {name} is {x.dtype}{list(x.shape)} in the weights, and config.json asks for float32"
             f"{list(shape)}; they belong to different models"
         )
+    if not np.isfinite(x).all():
+        raise UserError(f"{folder}: {name} holds a number that is not finite (nan or inf); the weights are damaged")

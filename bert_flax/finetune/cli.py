@@ -76,6 +76,7 @@ def _check_given(argv: Sequence[str], command: "FinetuneCommand", spec: "TaskSpe
 def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     """Every task of GLUE whose training and dev files are there, one after another, and one table of all."""
     from bert_flax.finetune.command import finetune, finish_all
+    from bert_flax.finetune.data import check_files
     from bert_flax.finetune.files import glue_tasks
     from bert_flax.finetune.readers import TFDS
     from bert_flax.finetune.tasks import GLUE, TASKS
@@ -85,6 +86,8 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     if command.keep_head:
         raise UserError("--keep-head goes with one task: those of GLUE have different heads")
     home = storage.folder("--workdir", command.workdir)
+    if any(home.glob("seed-*")):
+        raise UserError(f"--workdir {home} holds the runs of one task; give another for all of GLUE")
     wanted = {"train", "dev"}
     there = dict.fromkeys(GLUE, tuple(wanted)) if command.data.startswith(TFDS) else glue_tasks(Path(command.data))
     missing = {name: sorted(wanted - set(there.get(name, ()))) for name in GLUE}
@@ -94,9 +97,12 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     for name, splits in missing.items():
         if splits:
             print(f"{name}: left out, {command.data} lacks its {' and '.join(splits)} split")
-    for name in complete:
-        one = parse(TASKS[name])
-        finetune(name, dataclasses.replace(one, workdir=str(home / name)))
+    commands = {name: dataclasses.replace(parse(TASKS[name]), workdir=str(home / name)) for name in complete}
+    if not command.data.startswith(TFDS):
+        for name in complete:  # a torn file of the last task is told before the first one is trained
+            check_files(TASKS[name], command.data)
+    for name, one in commands.items():
+        finetune(name, one)
     finish_all(home, complete)
 
 
@@ -120,6 +126,9 @@ class ScoreCommand:
     """The task's file with the labels."""
     null_odds: str | None = None
     """SQuAD 2.0: JSON file with null odds by question, to find the best threshold."""
+    null_threshold: float | None = None
+    """SQuAD 2.0: questions with larger null odds count as said to have no answer; None: predictions count as they are.
+    (The official script takes 1 where odds are given, for they may be probabilities.)"""
 
 
 def score(argv: Sequence[str]) -> None:
@@ -128,7 +137,7 @@ def score(argv: Sequence[str]) -> None:
 
     command = cli.parse(ScoreCommand, argv, f"{PROG} score", description=ScoreCommand.__doc__ or "")
     odds = None if command.null_odds is None else Path(command.null_odds)
-    print_scores(command.task, Path(command.predictions), Path(command.data), odds)
+    print_scores(command.task, Path(command.predictions), Path(command.data), odds, command.null_threshold)
 
 
 @dataclass(frozen=True)

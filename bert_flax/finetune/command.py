@@ -19,7 +19,7 @@ from bert_flax.finetune.data import load_data
 from bert_flax.finetune.inputs import Units
 from bert_flax.finetune.model import architecture, num_outputs
 from bert_flax.finetune.readers import TFDS, find_labels
-from bert_flax.finetune.runs import CONFIG, RESULT, Origin, Result, TaskChoice, best_run, run
+from bert_flax.finetune.runs import CONFIG, RESULT, SEED, Origin, Result, TaskChoice, best_run, run
 from bert_flax.finetune.score import is_per_cent
 from bert_flax.finetune.tables import shorten
 from bert_flax.finetune.tasks import TaskSpec
@@ -71,6 +71,7 @@ class FinetuneCommand(FinetuneSettings):
         super().__post_init__()
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: must be 1 or more")
+        dataclasses.replace(self.settings, seed=self.seed + self.seeds - 1)  # the last seed must be one, too
 
     @property
     def settings(self) -> FinetuneSettings:
@@ -105,7 +106,7 @@ def finetune(name: str, command: FinetuneCommand) -> None:
             settings, sweep = _sweep(home, task.spec, settings, start)
         for seed in range(command.seed, command.seed + command.seeds):
             print(f"{name}, seed {seed}", flush=True)
-            results.append(start(home / f"seed-{seed}", settings=dataclasses.replace(settings, seed=seed)))
+            results.append(start(home / f"{SEED}{seed}", settings=dataclasses.replace(settings, seed=seed)))
     summary = summarize(task.spec, results, sweep)
     _write(home / RESULTS, summary)
     print(table(summary))
@@ -125,6 +126,12 @@ def _checked_home(name: str, command: FinetuneCommand) -> Path:
     home = storage.folder("--workdir", command.workdir)
     if (home / CONFIG).exists():
         raise UserError(f"--workdir {home} is the folder of one run or model; give a folder for the runs of this task")
+    if others := sorted({path.parent.name for path in home.glob(f"*/{SEED}*")}):
+        raise UserError(
+            f"--workdir {home} holds the runs of several tasks ({', '.join(others)}); give one for this task alone"
+        )
+    if command.sweep and not (home / SWEEP).exists() and any(home.glob(f"{SEED}*")):
+        raise UserError(f"--workdir {home} holds runs of one recipe; give another for a --sweep")
     return home
 
 
@@ -193,9 +200,10 @@ def _places(spec: TaskSpec, labels: Sequence[str] | None, init: str) -> list[int
     as_they_are = list(range(num_outputs(spec)))
     if labels is None or spec.kind not in ("classification", "tagging"):
         return as_they_are
-    theirs, ours = ([label.lower() for label in side] for side in (labels, spec.labels))
-    if sorted(theirs) == sorted(ours):
-        return [theirs.index(label) for label in ours]
+    for case in (str, str.lower):  # as they are, then whatever their capitals
+        theirs, ours = ([case(label) for label in side] for side in (labels, spec.labels))
+        if sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
+            return [theirs.index(label) for label in ours]
     if all(label.isdecimal() for label in ours) or theirs == [f"label_{place}" for place in as_they_are]:
         return as_they_are  # numbers on one of the two sides: the names of the other do not count
     raise UserError(
@@ -222,7 +230,7 @@ def _sweep(
         figures[name] = result.last[f"dev/{spec.primary}"]
     best = max(figures, key=lambda name: figures[name])
     print(f"{spec.name}: best recipe on the dev set is {best}: {spec.primary} {figures[best]:.2f}")
-    first_does(lambda: _copy(home / SWEEP / best, home / f"seed-{settings.seed}"))
+    first_does(lambda: _copy(home / SWEEP / best, home / f"{SEED}{settings.seed}"))
     return recipes[best], figures
 
 

@@ -55,6 +55,10 @@ class FinetuneSettings(RunConfig):
         check_range("", self, "epochs", below=2**31)
         check_range("", self, "warmup_share", "dropout", "attention_dropout", least=0, below=1)
         check_range("", self, "evaluations_per_epoch", least=1)
+        if not self.checkpoint.keep_best:
+            raise UserError(
+                "--checkpoint.keep-best 0: the best checkpoint is what predict and export-hf take; 1 or more"
+            )
         if self.train.eval_batches:
             raise UserError(
                 f"--train.eval-batches {self.train.eval_batches}: a task is measured on its whole dev set; 0"

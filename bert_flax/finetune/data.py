@@ -1,13 +1,14 @@
 """A task's data, read and cut into units, and what there is to say about it."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bert_flax.finetune.config import FinetuneInputs
-from bert_flax.finetune.examples import Dataset, summarize
+from bert_flax.finetune.examples import Dataset, TaggedExample, summarize
 from bert_flax.finetune.files import find_file
 from bert_flax.finetune.inputs import (
     Units,
@@ -77,6 +78,13 @@ def load_data(spec: TaskSpec, data: str, vocabulary: WordPiece, inputs: Finetune
     return TaskData(train.units, held_out, tuple(remarks))
 
 
+def check_files(spec: TaskSpec, data: str) -> None:
+    """Reads what load_data would read. Raises UserError as it does, but sooner, for nothing is cut into tokens."""
+    for split in dict.fromkeys(("train", "dev", *spec.labelled_splits)):
+        if split in ("train", "dev") or (split != "test" and not _missing(spec, data, split)):
+            read(spec, data, split)
+
+
 def _missing(spec: TaskSpec, data: str, split: str) -> str:
     """Why a split is not there; "" if it is."""
     try:
@@ -116,4 +124,15 @@ def remarks_on(where: str, dataset: Dataset[Any], units: Units, inputs: Finetune
         if units.windows:
             what = f"questions over {longest_question(inputs.max_length)} tokens"
         lines.append(f"{where}: {units.num_cut:,} {what} were cut")
+    if units.windows:
+        pairs = itertools.pairwise(units.windows)
+        closer = sum(0 < after.start < before.start + inputs.stride for before, after in pairs)
+        if closer:
+            lines.append(
+                f"{where}: {closer:,} windows begin where the one before ends, and not --inputs.stride {inputs.stride} "
+                f"tokens after its start: {inputs.max_length} tokens have no room for that"
+            )
+    documents = {example.document for example in dataset.examples if isinstance(example, TaggedExample)}
+    if inputs.document_context and len(documents) == len(dataset.examples):
+        lines.append(f"{where}: no document holds two sentences; --inputs.document-context finds nothing to add")
     return lines

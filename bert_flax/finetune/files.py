@@ -36,7 +36,8 @@ def find_file(spec: TaskSpec, data: Path, split: str) -> Path:
 
 def task_of(folder: Path) -> str | None:
     """The task of GLUE that a folder of this name is of: several have the same columns."""
-    return next((task.name for task in TASKS.values() if task.folder and task.folder == folder.name), None)
+    name = folder.absolute().name
+    return next((task.name for task in TASKS.values() if task.folder and task.folder == name), None)
 
 
 def glue_tasks(data: Path) -> Mapping[str, tuple[str, ...]]:

@@ -19,7 +19,7 @@ from bert_flax.finetune.tasks import TASKS, TaskSpec, custom_task
 from bert_flax.huggingface import Pretrained
 from core_flax import config as configs
 from core_flax import storage
-from core_flax.checkpoint import best_step, load_params
+from core_flax.checkpoint import best_step, list_steps, load_params
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train
 from core_flax.params import leaves
@@ -30,7 +30,9 @@ from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
 
 KIND = "bert_flax.finetune"
-CONFIG, VOCAB, RESULT = "config.json", "vocab.txt", "result.json"
+CONFIG, VOCAB, RESULT, METRICS = "config.json", "vocab.txt", "result.json", "metrics.jsonl"
+SEED = "seed-"
+"""What the folder of a run begins with, of those that differ in their seed alone."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class FinetuneRun:
     def load(cls, folder: Path) -> "FinetuneRun":
         """Raises UserError if the folder holds no fine-tuning run."""
         path = folder / CONFIG
-        stored = configs.load(path, KIND, task=dict, tokenizer=str, lowercase=bool, origin=dict)
+        stored = configs.load(path, KIND, task=dict, tokenizer=str, lowercase=bool, origin=dict, meaning=dict | None)
         vocabulary = WordPiece.load(folder / VOCAB, stored["lowercase"])
         if vocabulary.fingerprint != stored["tokenizer"]:
             raise UserError(f"{folder / VOCAB} is not the vocabulary that this run was started with; put it back")
@@ -134,6 +136,12 @@ class FinetuneRun:
         task = configs.load_config(path, TaskChoice, stored, "task")
         if task.name not in TASKS and not task.columns:
             raise UserError(f"{path}: there is no task {task.name} here; add it to bert_flax/finetune/tasks.py again")
+        for name, now in _meaning(task.spec).items():
+            if (then := (stored["meaning"] or {}).get(name, now)) != now:
+                raise UserError(
+                    f"{path}: the {name} of task {task.name} was {then} and is {now} in bert_flax/finetune/tasks.py; "
+                    "put it back there, or give the new task another name"
+                )
         return cls(folder, config, task, vocabulary, configs.load_config(path, Origin, stored, "origin"))
 
     def save(self) -> None:
@@ -146,6 +154,7 @@ class FinetuneRun:
             KIND,
             self.config,
             task=dataclasses.asdict(self.task),
+            meaning=_meaning(self.task.spec),
             origin=dataclasses.asdict(self.origin),
             tokenizer=self.vocabulary.fingerprint,
             lowercase=self.vocabulary.lowercase,
@@ -155,6 +164,11 @@ class FinetuneRun:
         """(parameters, step) of a checkpoint: of the best one on the dev set if step is None."""
         checkpoints = self.workdir / "checkpoints"
         return load_params(checkpoints, best_step(checkpoints) if step is None else step, sharding)
+
+
+def _meaning(spec: TaskSpec) -> dict[str, str]:
+    """What a model's outputs stand for, which is the task's to say. (Runs of before it was noted lack it.)"""
+    return {"kind": spec.kind, "labels": ", ".join(spec.labels)}
 
 
 def run(
@@ -183,6 +197,13 @@ def run(
     with only_run(folder / "run.lock", f"another run is writing to {folder}; stop it or give another --workdir"):
         if (folder / CONFIG).exists():
             _check_resumable(FinetuneRun.load(folder), new)
+            _check_not_behind(folder, config.train.num_steps)
+        for other in _seeds(folder.parent) if folder.name.startswith(SEED) else ():
+            if other != folder:  # seeds are compared with each other
+                old = FinetuneRun.load(other)
+                _check_resumable(
+                    old, dataclasses.replace(new, config=dataclasses.replace(config, seed=old.config.seed))
+                )
         done = Result.load(folder)
         if done and done.last_step == config.train.num_steps:
             print(f"complete already: {folder}", flush=True)
@@ -228,17 +249,34 @@ def _check_resumable(old: FinetuneRun, new: FinetuneRun) -> None:
         )
 
 
+def _seeds(home: Path) -> list[Path]:
+    """Folders of the runs that a task has in its workdir."""
+    return [folder for folder in sorted(home.glob(f"{SEED}*")) if (folder / CONFIG).exists()]
+
+
+def _check_not_behind(folder: Path, num_steps: int) -> None:
+    if (step := max(list_steps(folder / "checkpoints"), default=0)) > num_steps:
+        raise UserError(
+            f"{folder} has a checkpoint of step {step} already; {num_steps} steps are fewer: give another --workdir"
+        )
+
+
 def _result(run: FinetuneRun, seconds: float, resumed: bool) -> Result:
     """From the figures that the loop wrote down; the best are those of the checkpoint that was kept as the best."""
     by_step, last = figures_by_step(run.workdir), run.config.train.num_steps
     best = best_step(run.workdir / "checkpoints")
     assert best is not None, "the last step is always evaluated and saved"
+    if lacking := sorted({best, last} - set(by_step)):
+        raise UserError(
+            f"{run.workdir / METRICS} lacks the figures of step {lacking[0]}; put it back, or delete {run.workdir} "
+            "and run the same bert-flax finetune again"
+        )
     return Result(run.task.name, run.config.seed, by_step[last], by_step[best], best, last, round(seconds, 1), resumed)
 
 
 def figures_by_step(folder: Path) -> dict[int, dict[str, float]]:
     """What each evaluation of a run found, as ``dev/f1``, by its step."""
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     by_step: dict[int, dict[str, float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
         record = json.loads(line) if line.endswith("\n") else {}  # a kill cut the last line short
@@ -256,7 +294,7 @@ def best_run(workdir: str) -> FinetuneRun:
     home = storage.path(workdir)
     if (home / "config.json").is_file():
         return FinetuneRun.load(home)
-    found = [(folder, Result.load(folder)) for folder in sorted(home.glob("seed-*"))]
+    found = [(folder, Result.load(folder)) for folder in _seeds(home)]
     complete = [(folder, result) for folder, result in found if result is not None]
     if not complete:
         tasks = sorted({path.parts[-3] for path in home.glob(f"*/seed-*/{RESULT}")})

@@ -59,7 +59,7 @@ def answer_scores(
     examples: Iterable[QuestionExample],
     predictions: Mapping[str, str],
     null_odds: Mapping[str, float] | None = None,
-    threshold: float = 1.0,
+    threshold: float | None = None,
 ) -> Scores:
     """SQuAD's figures, of version 1.1 or 2.0 as the task is; see ``core_flax.metrics.squad`` for their names."""
     answers = {example.id: [answer.text for answer in example.answers] for example in examples}
@@ -73,9 +73,11 @@ def score(task: str, predictions: Path, data: Path, null_odds: Path | None = Non
     return score_file(_find_task(task), predictions, data, null_odds)[0]
 
 
-def print_scores(task: str, predictions: Path, data: Path, null_odds: Path | None = None) -> None:
+def print_scores(
+    task: str, predictions: Path, data: Path, null_odds: Path | None = None, threshold: float | None = None
+) -> None:
     """Prints what ``score_file`` finds, as a table, after what is to be said about the files."""
-    figures, notes = score_file(_find_task(task), predictions, data, null_odds)
+    figures, notes = score_file(_find_task(task), predictions, data, null_odds, threshold)
     print("".join(f"{note}\n" for note in notes), end="")
     print(table(task, figures))
 
@@ -91,7 +93,11 @@ def table(task: str, figures: Mapping[str, float]) -> str:
 
 
 def score_file(
-    spec: TaskSpec, predictions: Path, data: Path, null_odds: Path | None = None
+    spec: TaskSpec,
+    predictions: Path,
+    data: Path,
+    null_odds: Path | None = None,
+    threshold: float | None = None,
 ) -> tuple[Scores, Sequence[str]]:
     """Scores a file of predictions, whoever made it.
 
@@ -103,6 +109,7 @@ def score_file(
             last; for SQuAD a JSON object of texts by question.
         data: the task's file with the labels.
         null_odds: for SQuAD 2.0, a JSON object of numbers by question, to find the best thresholds.
+        threshold: questions with larger null odds count as said to have no answer; None: predictions as they are.
 
     Returns:
         The figures, and a line for everything that was left out or is odd.
@@ -112,12 +119,14 @@ def score_file(
     """
     if null_odds is not None and not spec.unanswerable:
         raise UserError(f"--null-odds {null_odds}: task {spec.name} has no unanswerable questions; only squad2 has")
+    if threshold is not None and null_odds is None:
+        raise UserError(f"--null-threshold {threshold:g} goes with --null-odds FILE")
     dataset = read_file(spec, data, labelled=True)
     notes = [f"{data}: left out {len(dataset.dropped):,}: {summarize(dataset.dropped)}"] if dataset.dropped else []
     notes += [f"{data}: {len(dataset.warnings):,} odd: {summarize(dataset.warnings)}"] if dataset.warnings else []
     match spec.kind:
         case "span":
-            figures, missing = _score_answers(spec, predictions, dataset, data, null_odds)
+            figures, missing = _score_answers(spec, predictions, dataset, data, null_odds, threshold)
             return figures, notes + missing
         case "tagging":
             found = read_file(spec, predictions, labelled=True)
@@ -164,7 +173,12 @@ def _read_labels(spec: TaskSpec, path: Path, dataset: Dataset[Any], data: Path) 
 
 
 def _score_answers(
-    spec: TaskSpec, path: Path, dataset: Dataset[QuestionExample], data: Path, null_odds: Path | None
+    spec: TaskSpec,
+    path: Path,
+    dataset: Dataset[QuestionExample],
+    data: Path,
+    null_odds: Path | None,
+    threshold: float | None,
 ) -> tuple[Scores, list[str]]:
     """The figures, and a line if predictions are missing: these count as wrong, as in the official script."""
     wanted = _by_id(dataset, data)
@@ -178,7 +192,7 @@ def _score_answers(
     if len(missing) == len(wanted):
         raise UserError(f"{path} predicts none of the {len(wanted):,} questions in {data}")
     notes = [f"{path} has no prediction for {len(missing):,} questions, which count as wrong: {_few(missing)}"]
-    return answer_scores(spec, dataset.examples, predictions, odds), notes if missing else []
+    return answer_scores(spec, dataset.examples, predictions, odds, threshold), notes if missing else []
 
 
 def _read_json(path: Path, kind: type, what: str) -> dict[str, Any]:

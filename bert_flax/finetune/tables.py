@@ -18,6 +18,9 @@ SHOWN_CHARACTERS = 60
 MAX_FIELD = 2**31 - 1
 """Characters of a field of CSV. Python's own limit, 131,072, is less than some documents have."""
 
+LARGEST = 1e9
+"""Score that float32 still squares and sums without harm."""
+
 Row = tuple[int, list[str]]
 """The line of the file that a row begins in, from 1, and its fields."""
 
@@ -43,7 +46,9 @@ class Table:
         """What is wrong with a row whose fields are not as many as the columns."""
         if len(fields) == len(self.names):
             return None
-        return f"{self.path}:{line} has {len(fields)} fields, not {len(self.names)}"
+        if fields == [""]:
+            return f"{self.path}:{line} is blank"
+        return f"{self.path}:{line} has {len(fields)} field{'s' * (len(fields) > 1)}, not {len(self.names)}"
 
     @property
     def how_to_mend(self) -> str:
@@ -180,7 +185,7 @@ def parse_label(spec: TaskSpec, label: str, where: str) -> int | float:
         score = float(label)
     except ValueError:
         score = math.nan
-    if not (math.isfinite(score) and least <= score <= greatest):
+    if not (abs(score) <= LARGEST and least <= score <= greatest):
         between = f" from {least:g} to {greatest:g}" if spec.score_range else ""
         shown = repr(label[:SHOWN_CHARACTERS])
         raise UserError(f"{where}: {shown} is no score of task {spec.name}; it takes numbers{between}")

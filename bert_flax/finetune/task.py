@@ -114,6 +114,8 @@ def make_evaluator(
         return {"scores": model.apply({"params": params}, batch)}
 
     def figures(told: Sequence[tuple[Batch, Outputs]]) -> dict[str, float]:
+        if not all(np.isfinite(outputs["scores"]).all() for _, outputs in told):
+            raise FloatingPointError("a score")
         return dict(score(spec, data.examples, predict(spec, data.examples, data.units, told, config.inputs)))
 
     def batches() -> Iterator[Batch]:

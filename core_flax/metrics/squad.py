@@ -49,7 +49,7 @@ def evaluate_v2(
     answers: Answers,
     predictions: Mapping[str, str],
     null_odds: Mapping[str, float] | None = None,
-    threshold: float = 1.0,
+    threshold: float | None = None,
 ) -> dict[str, float]:
     """SQuAD 2.0: as v1.1, with "" the right prediction for a question that has no answer.
 
@@ -59,8 +59,9 @@ def evaluate_v2(
         predictions: text by question.
         null_odds: by question, how sure the model is that there is no answer: a probability or any other number
             that grows with it. With it the best thresholds are looked for.
-        threshold: a question with larger null odds counts as predicted to have no answer, whatever its prediction
-            (1: the official script's default, which changes nothing where null odds are probabilities).
+        threshold: a question with larger null odds counts as predicted to have no answer, whatever its prediction;
+            None: predictions count as they are. (The official script takes 1 unless told otherwise, which is right
+            for probabilities alone.)
 
     Returns:
         ``exact`` and ``f1`` in per cent, ``total`` and ``missing`` as for v1.1 (the official script leaves missing ones
@@ -78,6 +79,7 @@ def evaluate_v2(
     best = {}
     if null_odds is not None:
         best = _best_thresholds(answers, predictions, null_odds, {"exact": exact, "f1": f1})
+    if null_odds is not None and threshold is not None:
         unanswered = {key: float(not texts) for key, texts in answers.items() if null_odds[key] > threshold}
         exact, f1 = exact | unanswered, f1 | unanswered
     scores = _means(exact, f1, answers) | {"missing": _num_missing(answers, predictions)}

@@ -251,6 +251,9 @@ def test_weights_of_the_wrong_shape(folder):
     assert "classifier.weight is float32[3, 7] in the weights, and config.json asks for float32[3, 8]" in refused(
         folder
     )
+    for odd in (np.nan, np.inf):
+        write(folder, random_arrays() | {"bert.pooler.dense.bias": np.array([*np.zeros(7), odd], np.float32)})
+        assert "bert.pooler.dense.bias holds a number that is not finite" in refused(folder)
     write(folder, random_arrays() | {"bert.pooler.dense.bias": np.zeros(8, np.int32)})
     assert "bert.pooler.dense.bias is int32[8] in the weights, and config.json asks for float32[8]" in refused(folder)
 
@@ -276,7 +279,7 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
 
 
 def test_folders_that_hold_no_model(folder, finished_run, tmp_path):
-    with pytest.raises(UserError, match="is no folder; give a run's, or that of a model that has been downloaded"):
+    with pytest.raises(UserError, match="is no folder; give that of a run, or of a model on this machine"):
         load_init("bert-base-uncased")
     edit(folder / "config.json", kind="seq2seq_flax.train")
     with pytest.raises(UserError, match=r"holds a seq2seq_flax\.train; give a pretraining run"):

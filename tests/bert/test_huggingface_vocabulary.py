@@ -111,6 +111,8 @@ def test_files_that_contradict_each_other(folder):
     load_pretrained(folder)  # the same vocabulary, lower-cased in both
     edit(folder / "tokenizer_config.json", do_lower_case=False)
     assert "tokenizer_config.json and tokenizer.json differ on lower-casing" in refused(folder)
+    edit(folder / "tokenizer_config.json", do_lower_case="false")
+    assert "lower-cases by 'false', which is neither true nor false" in refused(folder)
     edit(folder / "tokenizer_config.json", do_lower_case=True)
     WordPiece([*PIECES[:-1], "other"]).save(folder / "vocab.txt")
     assert "vocab.txt and tokenizer.json hold different vocabularies" in refused(folder)

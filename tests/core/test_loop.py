@@ -134,6 +134,20 @@ def test_an_update_that_is_not_finite_stops_the_run(tmp_path):
     assert list_steps(tmp_path / "checkpoints") == []
 
 
+def test_an_evaluator_that_finds_such_a_number_stops_the_run(tmp_path):
+    """Parameters may be finite, and what they say of held-out data may not."""
+
+    def score(told):
+        raise FloatingPointError("a score")
+
+    evaluator = Evaluator(lambda: iter([batch_of(0)]), lambda params, batch: {}, "distance", score=score)
+    with pytest.raises(
+        NotFiniteError, match=r"step 4: a score of held_out is not finite\. It was not saved; .* step 2"
+    ):
+        run(tmp_path, make_task(evaluators={"held_out": evaluator}), train={"eval_every_steps": 4})
+    assert list_steps(tmp_path / "checkpoints") == [2]
+
+
 def test_it_takes_one_line_and_a_status_of_its_own(tmp_path, capsys):
     def command(argv):
         run(tmp_path, make_task(poison("y", np.nan)))

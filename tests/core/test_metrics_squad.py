@@ -130,6 +130,9 @@ def test_the_threshold_where_no_answer_is_best():
     scores = evaluate_v2(answers, predictions, probabilities)
     assert scores["exact"] == 0
     assert (scores["best_exact"], scores["best_exact_thresh"]) == (pytest.approx(200 / 3), 0)
-    scores = evaluate_v2(answers, predictions, {"q1": -2.5, "q2": 3.0, "q3": -1.0})
+    odds = {"q1": -2.5, "q2": 3.0, "q3": -1.0}
+    scores = evaluate_v2(answers, predictions, odds)
     assert scores["best_f1"] == pytest.approx(200 / 3) and scores["best_f1_thresh"] < -2.5
+    assert scores["exact"] == 0, "predictions count as they are"
+    scores = evaluate_v2(answers, predictions, odds, threshold=1.0)
     assert scores["exact"] == pytest.approx(100 / 3), "odds above 1 count as no answer, as in the official script"

@@ -103,6 +103,60 @@ def test_all_of_glue_that_is_there(started, model, glue, tmp_path):
     assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == set(names)
 
 
+def test_a_torn_file_of_a_later_task_is_told_first(started, model, glue, tmp_path):
+    data = shutil.copytree(glue, tmp_path / "glue")
+    (data / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tentailment\n")
+    command = arguments("glue", data, tmp_path / "run", init=model, optimizer__learning_rate=None)
+    assert "RTE/dev.tsv:2 has 3 fields, not 4" in refused(*command)
+    assert started == []
+
+
+def test_workdirs_of_something_else(started, mrpc, model, glue, tmp_path):
+    """One task's and all tasks' are not mixed, nor one recipe's seeds and a sweep."""
+    home = tmp_path / "all"
+    shutil.copytree(mrpc[0], home / "mrpc")
+    line = refused(*arguments("mrpc", glue, home, init=model))
+    assert f"--workdir {home} holds the runs of several tasks (mrpc); give one for this task alone" in line
+    swept = {"train__batch_size": None, "optimizer__learning_rate": None, "epochs": None}
+    line = refused(*arguments("mrpc", glue, home / "mrpc", "--sweep", init=model, **swept))
+    assert f"--workdir {home / 'mrpc'} holds runs of one recipe; give another for a --sweep" in line
+    line = refused(*arguments("glue", glue, home / "mrpc", init=model, optimizer__learning_rate=None))
+    assert f"--workdir {home / 'mrpc'} holds the runs of one task; give another for all of GLUE" in line
+    assert started == []
+
+
+def test_every_seed_must_be_one(started, model, glue, tmp_path):
+    line = refused(*arguments("mrpc", glue, tmp_path / "run", init=model, seed=2**31 - 1, seeds=2))
+    assert f"seed {2**31}: must be" in line
+    assert started == []
+
+
+def test_the_folder_of_another_task_without_its_name(started, model, glue, tmp_path, monkeypatch):
+    data = shutil.copytree(glue, tmp_path / "glue")
+    monkeypatch.chdir(data / "MRPC")
+    assert "--data . is the folder of task mrpc, not of rte" in refused(
+        *arguments("rte", ".", tmp_path / "a", init=model)
+    )
+
+
+def test_windows_closer_than_the_stride_are_told(started, model, tmp_path):
+    data = small_tasks.write_squad(tmp_path / "squad", 1)
+    given = {"init": model, "inputs__max_length": 16}
+    told = "windows begin where the one before ends, and not --inputs.stride 30 tokens after its start: 16 tokens have"
+    assert told in right(here(*arguments("squad", data, tmp_path / "a", inputs__stride=30, **given)))
+    assert "windows begin" not in right(here(*arguments("squad", data, tmp_path / "b", inputs__stride=2, **given)))
+
+
+def test_documents_of_one_sentence_are_told(started, model, tmp_path):
+    data = small_tasks.write_ner(tmp_path / "ner")
+    words = arguments("ner", data, tmp_path / "a", "--inputs.document-context", init=model)
+    assert "no document holds two sentences" not in right(here(*words))
+    for name in ("eng.train", "eng.testa"):
+        text = (data / name).read_text()
+        (data / name).write_text("\n".join(line for line in text.split("\n") if "-DOCSTART-" not in line))
+    assert "ner, train: no document holds two sentences" in right(here(*words))
+
+
 def test_a_table_with_tabs_and_labels_of_its_own(started, model, tmp_path):
     small_tasks.tsv(tmp_path / "train.tsv", ("kind", "n", "said"), ("no", 1, "a"), ("yes", 2, '"a'), ("maybe", 3, "b"))
     small_tasks.tsv(tmp_path / "validation.tsv", ("n", "kind", "said"), (4, "yes", "a"))
@@ -243,7 +297,7 @@ def test_models(model, glue, mrpc, tmp_path):
     assert str(other / "config.json") in line(init=other)
     assert f"--keep-head: {model} has no head of a task" in line("--keep-head", init=model)
     assert "--keep-head goes with --init" in line("--keep-head", init_from_task=mrpc[0])
-    kind = "describes a run of kind None, not 'bert_flax.finetune'; give the folder of such a run"
+    kind = "describes no run of kind 'bert_flax.finetune'; give the folder of such a run"
     assert f"{model / 'config.json'} {kind}" in line(init_from_task=model)
     assert f"{tmp_path} holds no complete run" in line(init_from_task=tmp_path)
     shutil.copytree(mrpc[0], tmp_path / "glue" / "mrpc")
@@ -261,6 +315,8 @@ def test_models(model, glue, mrpc, tmp_path):
         ({"task": "rte"}, "task: mrpc -> rte"),
         ({"data": "other"}, "data: "),
         ({"init": "other"}, "init: "),
+        ({"seeds": 1, "seed": 7, "epochs": 4}, "epochs: 8.0 -> 4.0"),
+        ({"seeds": 1, "seed": 7, "task": "rte"}, "task: mrpc -> rte"),
     ],
     ids=str,
 )

@@ -37,11 +37,12 @@ PAIR = ("index", "sentence1", "sentence2", "label")
         (RTE, table(PAIR[:3], (0, "a", "b")), "FILE has no column 'label'; its columns are 'index', 'sentence1', 'sen"),
         (RTE, table((*PAIR, "label"), range(5)), "FILE has two columns 'label'"),
         (RTE, table(PAIR, (0, "a", "b", "entailment"), (1, "a", "b")), "FILE:3 has 3 fields, not 4"),
+        (RTE, table(PAIR, (0,)), "FILE:2 has 1 field, not 4"),
         (RTE, table(PAIR, (0, "a", "b", "c", "entailment")), "FILE:2 has 5 fields, not 4"),
         (
             RTE,
             table(PAIR, (0, "a", "b", "entailment")) + "\n" + table((0, "a", "b", "entailment")),
-            "FILE:3 has 1 fields",
+            "FILE:3 is blank; mend the row",
         ),
         (RTE, (table(PAIR) + table((0, "Süd", "b", "entailment"))).encode("latin-1"), "FILE:2 is not UTF-8: byte 0xfc"),
         (RTE, table(PAIR).encode("utf-16"), "convert the file, for example with iconv -f UTF-16 -t UTF-8"),

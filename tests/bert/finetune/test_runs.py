@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bert_flax.finetune.command import _check_segments, _head, summarize, table
+from bert_flax.finetune.command import _check_segments, _head, _places, summarize, table
 from bert_flax.finetune.config import FinetuneInputs, FinetuneSettings, resolve, settings_of
 from bert_flax.finetune.data import TaskData, encode
 from bert_flax.finetune.examples import TextExample
@@ -17,6 +17,7 @@ from bert_flax.finetune.runs import (
     Origin,
     Result,
     TaskChoice,
+    _check_not_behind,
     _check_resumable,
     _result,
     best_run,
@@ -76,6 +77,8 @@ def test_settings_that_cannot_be():
         resolved(TASKS["squad"], 50)
     with pytest.raises(UserError, match=r"--train.eval-batches 2: a task is measured on its whole dev set"):
         FinetuneSettings(train=TrainConfig(eval_batches=2))
+    with pytest.raises(UserError, match=r"--checkpoint.keep-best 0: the best checkpoint is what predict"):
+        FinetuneSettings(checkpoint=CheckpointConfig(keep_best=0))
 
 
 # What came of a run
@@ -205,6 +208,33 @@ def test_a_run_goes_on_with_the_data_that_it_was_measured_on(tmp_path):
             _check_resumable(FinetuneRun.load(tmp_path), new)
 
 
+def test_labels_of_a_task_that_were_changed_since(tmp_path, monkeypatch):
+    """What the outputs of a model stand for is noted; in runs of before it was, it is what it is now."""
+    make_run(tmp_path, "rte", {2: {"dev/accuracy": 50.0}}, saved=[2])
+    for labels in (TASKS["rte"].labels[::-1], (*TASKS["rte"].labels, "maybe")):
+        monkeypatch.setitem(TASKS, "rte", dataclasses.replace(TASKS["rte"], labels=labels))
+        with pytest.raises(UserError, match=rf"the labels of task rte was .* and is {', '.join(labels)} in bert_flax"):
+            FinetuneRun.load(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["meaning"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert FinetuneRun.load(tmp_path).task.spec.labels == labels
+
+
+def test_a_run_that_has_gone_further(tmp_path):
+    make_run(tmp_path, "rte", {2: {"dev/accuracy": 50.0}, 4: {"dev/accuracy": 40.0}}, saved=[2, 4])
+    _check_not_behind(tmp_path, 4)
+    with pytest.raises(UserError, match=r"has a checkpoint of step 4 already; 3 steps are fewer"):
+        _check_not_behind(tmp_path, 3)
+
+
+def test_figures_that_were_deleted(tmp_path):
+    run = make_run(tmp_path, "rte", {2: {"dev/accuracy": 50.0}, 4: {"dev/accuracy": 40.0}}, saved=[2, 4])
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl lacks the figures of step 2; put it back, or delete"):
+        _result(run, 1.0, resumed=True)
+
+
 def test_pairs_need_two_segments():
     inputs, one = FinetuneInputs(), Pretrained(dataclasses.replace(MODEL, num_segments=1), {}, VOCABULARY, Report(()))
     for task, pair, is_refused in (("sst2", None, False), ("rte", "b", True), ("rte", "", True)):
@@ -265,6 +295,13 @@ def test_labels_that_are_numbers_have_no_other_names():
     labels = ("not_equivalent", "equivalent")
     found = with_head("BertForSequenceClassification", labels, 2)
     np.testing.assert_array_equal(_head(TASKS["mrpc"], found, "folder")["bias"], found.head.bias)
+
+
+def test_labels_that_differ_in_capitals_alone():
+    spec = dataclasses.replace(TASKS["rte"], labels=("us", "US"))
+    assert _places(spec, ("US", "us"), "folder") == [1, 0]
+    with pytest.raises(UserError, match=r"has the labels Us, uS; task rte has us, US"):
+        _places(spec, ("Us", "uS"), "folder")
 
 
 def test_recipes_are_told_apart_by_their_optimizer():

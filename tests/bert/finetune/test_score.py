@@ -118,7 +118,7 @@ def test_a_task_of_the_users_own(tmp_path):
         ("index\tprediction\n0\tentailment\n", "p.tsv has no prediction for 3 of 4 rows: index '1', '2', '3'"),
         ("index\tprediction\n0\tentailment\n0\tentailment\n", "p.tsv:3: index '0' comes twice"),
         ("index\tprediction\n7\tentailment\n", "p.tsv:2 index '7' is not in "),
-        ("index\tprediction\n0 entailment\n", "p.tsv:2 has 1 fields, not 2"),
+        ("index\tprediction\n0 entailment\n", "p.tsv:2 has 1 field, not 2"),
         ("id\tprediction\n0\tentailment\n", "p.tsv has no column 'index'; its columns are 'id', 'prediction'"),
         ("0\tentailment\n", "p.tsv has no column 'index'; its columns are '0', 'entailment'"),
         ("index\tprediction\n", "p.tsv has no prediction for 4 of 4 rows"),
@@ -290,6 +290,22 @@ def test_the_table(tmp_path, capsys):
     ]
 
 
+def test_null_odds_count_above_the_threshold_that_is_given(tmp_path, capsys):
+    """Predictions count as they are, for they may have been chosen by a threshold already; else by the one given."""
+    data = squad_file(tmp_path / "dev-v2.0.json", version2=True)
+    path = write(tmp_path / "p.json", json.dumps({"q1": "old bridge", "q2": "", "q3": "farmer", "q4": ""}))
+    odds = write(tmp_path / "odds.json", json.dumps({"q1": 3.5, "q2": 0.5, "q3": -1.5, "q4": 5}))
+
+    def exact(threshold=None):
+        score.print_scores("squad2", path, data, odds, threshold)
+        return dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])["exact"]
+
+    assert exact() == exact(3.5) == "75.00"
+    assert exact(1) == "50.00"
+    with pytest.raises(UserError, match=r"--null-threshold 1 goes with --null-odds FILE"):
+        score.print_scores("squad2", path, data, None, 1.0)
+
+
 def test_scores_in_memory():
     """What the evaluation after an epoch calls, without files."""
     assert score.label_scores(TASKS["mrpc"], [1, 1, 0], [1, 0, 0]) == pytest.approx(
@@ -301,4 +317,6 @@ def test_scores_in_memory():
     ]
     scores = score.answer_scores(TASKS["squad2"], questions, {"a": "one", "b": "two"}, {"a": 5, "b": 6}, threshold=5)
     assert (scores["exact"], scores["best_exact"]) == (100, 100)
+    scores = score.answer_scores(TASKS["squad2"], questions, {"a": "one", "b": "two"}, {"a": 5, "b": 6})
+    assert (scores["exact"], scores["best_exact"]) == (50, 100), "odds alone change no prediction"
     assert score.answer_scores(TASKS["squad"], questions[:1], {"a": "one"})["exact"] == 100

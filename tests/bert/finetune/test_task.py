@@ -275,6 +275,17 @@ def test_dropout_at_few_places_follows_the_example():
     np.testing.assert_array_equal(first[::-1], run(1, 0))
 
 
+def test_scores_that_are_not_finite_are_no_figures():
+    """The largest of them would be a class all the same."""
+    for kind in KINDS:
+        task = task_of(kind)
+        evaluator = task.evaluators["dev"]
+        batch = next(evaluator.batches())
+        for bad in (np.nan, np.inf):
+            with pytest.raises(FloatingPointError, match="a score"):
+                evaluator.score([(batch, {"scores": np.array([0.0, bad])})])
+
+
 def test_hosts_share_the_rows_of_a_batch():
     task = task_of("tagging", train=TrainConfig(batch_size=16, num_steps=3))
     whole = list(task.batches(0, range(16)))

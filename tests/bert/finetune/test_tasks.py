@@ -93,7 +93,7 @@ def test_a_regression_of_ones_own(tmp_path):
         ("x7", "two", '"one', -3.5),
         ("y8", "four", 'three"', 100.0),
     ]
-    for score in ("nan", "-inf", "good"):
+    for score in ("nan", "1e39", "-inf", "good"):
         (tmp_path / "train.tsv").write_text(f"key\ta\tb\tscore\nx7\tone\ttwo\t{score}\n")
         with pytest.raises(UserError, match=f"train.tsv:2: '{score}' is no score of task custom; it takes numbers$"):
             read(spec, tmp_path, "train")
@@ -132,7 +132,7 @@ def test_a_column_with_a_comma_in_its_name(tmp_path):
         ("words\tkind\na\tx\nb\tx\n", "column 'kind' holds no two labels (x)"),
         ("words\tkind\n", "column 'kind' holds no two labels (no rows)"),
         ("words\tkind\na\tx\nb\t\n", "train.tsv:3 has an empty label"),
-        ("words\tkind\na\tx\nb\n", "train.tsv:3 has 1 fields, not 2"),
+        ("words\tkind\na\tx\nb\n", "train.tsv:3 has 1 field, not 2"),
         ("words\tclass\na\tx\n", "train.tsv has no column 'kind'; its columns are 'words', 'class'"),
     ],
 )
