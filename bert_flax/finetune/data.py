@@ -133,6 +133,6 @@ def remarks_on(where: str, dataset: Dataset[Any], units: Units, inputs: Finetune
                 f"tokens after its start: {inputs.max_length} tokens have no room for that"
             )
     documents = {example.document for example in dataset.examples if isinstance(example, TaggedExample)}
-    if inputs.document_context and len(documents) == len(dataset.examples):
+    if inputs.document_context and 1 < len(documents) == len(dataset.examples):
         lines.append(f"{where}: no document holds two sentences; --inputs.document-context finds nothing to add")
     return lines
