@@ -299,7 +299,7 @@ def markdown(options: argparse.Namespace, study: Study, same: Lines, tried: Line
         "torch's by more than the standard deviation of a seed: the root of the mean of both variances, or ours where",
         "torch has one seed. A run of ours is the whole command: start, compilation and evaluations included; torch's",
         "does without its imports.",
-        "Interrupted runs count in the figures and not in the seconds.",
+        "Runs that were interrupted, or paused, count in the figures and not in the seconds.",
         "",
         *better(options, study, same, tried),
         "## Where it comes from",

@@ -159,8 +159,8 @@ STUDIES = {
         ),
         shared(),
         (
-            Recipe(steps("1e-4", 5)),
-            Recipe(steps("2e-4", 10), tasks=("cola",)),
+            Recipe(steps("1e-4", 5), tasks=("cola",)),
+            Recipe(steps("1e-4", 4), tasks=("stsb",)),
             Recipe(steps("1e-4", 5), after_mnli=True, tasks=("mrpc", "rte")),
         ),
     ),
