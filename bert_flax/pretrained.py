@@ -76,7 +76,7 @@ def load_init(path: str, step: int | None = None) -> Pretrained:
     """
     folder = storage.folder("--init", path)
     kind = kind_of(folder)
-    seeds = f"seed-*/{CONFIG}"
+    seeds = f"{finetuned.SEED}*/{CONFIG}"
     if kind == finetuned.KIND or (kind is None and any(folder.glob(seeds))):
         return _load_finetuned(path, step)
     if kind is None and not (folder / CONFIG).exists() and any(folder.glob(f"*/{seeds}")):

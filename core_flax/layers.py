@@ -282,7 +282,7 @@ class GatedFeedForward(nn.Module):
 
 
 SMALL = 2**15
-"""Elements that a CPU computes again in less time than it takes to keep them."""
+"""Elements of hidden states that are left alone: caches hold them, and a token that is generated has no more."""
 
 
 def materialised(x: Array) -> Array:

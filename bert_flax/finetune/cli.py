@@ -79,6 +79,7 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     from bert_flax.finetune.data import check_files
     from bert_flax.finetune.files import glue_tasks
     from bert_flax.finetune.readers import TFDS
+    from bert_flax.finetune.runs import SEED
     from bert_flax.finetune.tasks import GLUE, TASKS
     from core_flax import storage
 
@@ -86,7 +87,7 @@ def _finetune_glue(parse: "Callable[[TaskSpec], FinetuneCommand]") -> None:
     if command.keep_head:
         raise UserError("--keep-head goes with one task: those of GLUE have different heads")
     home = storage.folder("--workdir", command.workdir)
-    if any(home.glob("seed-*")):
+    if any(home.glob(f"{SEED}*")):
         raise UserError(f"--workdir {home} holds the runs of one task; give another for all of GLUE")
     wanted = {"train", "dev"}
     there = dict.fromkeys(GLUE, tuple(wanted)) if command.data.startswith(TFDS) else glue_tasks(Path(command.data))

@@ -139,8 +139,8 @@ class FinetuneRun:
         for name, now in _meaning(task.spec).items():
             if (then := (stored["meaning"] or {}).get(name, now)) != now:
                 raise UserError(
-                    f"{path}: the {name} of task {task.name} was {then} and is {now} in bert_flax/finetune/tasks.py; "
-                    "put it back there, or give the new task another name"
+                    f"{path}: the run has the {name} {then}, and task {task.name} in bert_flax/finetune/tasks.py has "
+                    f"{now}; put it back there, or give the new task another name"
                 )
         return cls(folder, config, task, vocabulary, configs.load_config(path, Origin, stored, "origin"))
 
@@ -297,7 +297,7 @@ def best_run(workdir: str) -> FinetuneRun:
     found = [(folder, Result.load(folder)) for folder in _seeds(home)]
     complete = [(folder, result) for folder, result in found if result is not None]
     if not complete:
-        tasks = sorted({path.parts[-3] for path in home.glob(f"*/seed-*/{RESULT}")})
+        tasks = sorted({path.parts[-3] for path in home.glob(f"*/{SEED}*/{RESULT}")})
         which = f"one of its folders {', '.join(tasks)}" if tasks else "the --workdir of bert-flax finetune"
         raise UserError(f"{home} holds no complete run of kind {KIND}; give {which}")
 

@@ -8,17 +8,15 @@ import json
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 from conftest import write_corpus
+from golden_curves import take_steps
 
 from bert_flax.config import BertConfig, InputsConfig, PretrainConfig
 from bert_flax.prepare import PrepareConfig, prepare
 from bert_flax.pretrain import make_task
-from core_flax import sharding
 from core_flax.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from core_flax.data.records import PassageStore
-from core_flax.program import make_program
 from core_flax.text.wordpiece import WordPiece
 
 GOLDEN = Path(__file__).with_name("bert_curve.json")
@@ -38,14 +36,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     text, data = write_corpus(folder / "text.txt"), folder / "data"
     prepare(PrepareConfig((str(text),), str(data), vocab_size=160, valid_fraction=0.1, num_workers=1))
     task = make_task(CONFIG, PassageStore(data, "train"), None, WordPiece.load(data / "vocab.txt"))
-    program = make_program(task, CONFIG, jax.devices()[:1])
-    size, figures = CONFIG.train.batch_size, []
-    with jax.set_mesh(program.mesh):
-        state = program.init(jax.random.key(CONFIG.seed))
-        for batch in task.batches(0, range(size)):
-            state, metrics = program.step(state, sharding.place_batch(batch, size, program.mesh))
-            figures.append({name: round(float(metrics[name]), 6) for name in SHOWN})
-    return figures
+    return take_steps(task, CONFIG, SHOWN)
 
 
 def test_curve(tmp_path):

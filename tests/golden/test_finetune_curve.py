@@ -9,19 +9,17 @@ import json
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import small_tasks
+from golden_curves import take_steps
 
 from bert_flax.finetune.config import FinetuneInputs, resolve, settings_of
 from bert_flax.finetune.data import load_data
 from bert_flax.finetune.task import make_task
 from bert_flax.finetune.tasks import TASKS
 from bert_flax.huggingface import load_pretrained
-from core_flax import sharding
 from core_flax.config import OptimizerConfig, TrainConfig
-from core_flax.program import first_state, make_program
 
 GOLDEN = Path(__file__).with_name("finetune_curve.json")
 SHOWN = ("loss", "accuracy", "gradient_norm", "learning_rate")
@@ -42,19 +40,7 @@ def curve(name: str, folder: Path) -> list[dict[str, float]]:
     data = load_data(TASKS[name], str(DATA[name](folder / name)), pretrained.vocabulary, settings.inputs)
     config = resolve(settings, pretrained.config, data.train.num_units)
     task = make_task(config, TASKS[name], data.train, data.held_out, pretrained.params, row_multiple=2)
-    program = make_program(task, config, jax.devices()[:1])
-    figures, compiled = [], {}
-    with jax.set_mesh(program.mesh):
-        state = first_state(task, program, config.seed)
-        for batch in task.batches(0, range(config.train.batch_size)):
-            num_rows = len(batch["tokens"])
-            placed = sharding.place_batch(batch, num_rows, program.mesh)
-            if num_rows not in compiled:  # in a hurry: what is computed is the same
-                lowered = program.step.lower(state, placed)
-                compiled[num_rows] = lowered.compile({"xla_backend_optimization_level": 0})
-            state, metrics = compiled[num_rows](state, placed)
-            figures.append({name: round(float(metrics[name]), 6) for name in SHOWN})
-    return figures
+    return take_steps(task, config, SHOWN)
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -8,14 +8,12 @@ import json
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import write_corpus
+from golden_curves import take_steps
 
-from core_flax import sharding
 from core_flax.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from core_flax.program import make_program
 from lm_flax.config import GPT2Run, InputsConfig, LossConfig, SpeedrunRun
 from lm_flax.model import GPT2Config
 from lm_flax.prepare import PrepareConfig, prepare
@@ -53,14 +51,7 @@ def curve(name: str, folder: Path) -> list[dict[str, float]]:
     prepare(PrepareConfig((str(text),), str(data), tokenizer="char", documents="blank-line", num_workers=1))
     train, _, tokenizer = open_data(data)
     task = make_task(config, train, None, tokenizer.end_id)
-    program = make_program(task, config, jax.devices()[:1])
-    size, figures = config.train.batch_size, []
-    with jax.set_mesh(program.mesh):
-        state = program.init(jax.random.key(config.seed))
-        for batch in task.batches(0, range(size)):
-            state, metrics = program.step(state, sharding.place_batch(batch, size, program.mesh))
-            figures.append({name: round(float(metrics[name]), 6) for name in SHOWN})
-    return figures
+    return take_steps(task, config, SHOWN)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,13 +9,11 @@ import random
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from golden_curves import take_steps
 
-from core_flax import sharding
 from core_flax.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from core_flax.program import make_program
 from core_flax.text.sentencepiece_model import SentencePiece
 from seq2seq_flax.config import (
     InputsConfig,
@@ -65,19 +63,7 @@ def curve(name: str, folder: Path) -> list[dict[str, float]]:
         prepare(PrepareConfig(str(data), train=write_pairs(folder), vocab_size=70))
     tokenizer = SentencePiece.load(data / "tokenizer.model")
     task = make_task(config, PairStore(data, "train"), None, tokenizer, row_multiple=2)
-    program = make_program(task, config, jax.devices()[:1])
-    figures, compiled = [], {}
-    with jax.set_mesh(program.mesh):
-        state = program.init(jax.random.key(config.seed))
-        for batch in task.batches(0, range(config.train.batch_size)):
-            num_rows = len(batch["target_labels"])
-            placed = sharding.place_batch(batch, num_rows, program.mesh)
-            if num_rows not in compiled:  # in a hurry: what is computed is the same
-                lowered = program.step.lower(state, placed)
-                compiled[num_rows] = lowered.compile({"xla_backend_optimization_level": 0})
-            state, metrics = compiled[num_rows](state, placed)
-            figures.append({name: round(float(metrics[name]), 6) for name in SHOWN})
-    return figures
+    return take_steps(task, config, SHOWN)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

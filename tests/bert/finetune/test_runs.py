@@ -213,7 +213,7 @@ def test_labels_of_a_task_that_were_changed_since(tmp_path, monkeypatch):
     make_run(tmp_path, "rte", {2: {"dev/accuracy": 50.0}}, saved=[2])
     for labels in (TASKS["rte"].labels[::-1], (*TASKS["rte"].labels, "maybe")):
         monkeypatch.setitem(TASKS, "rte", dataclasses.replace(TASKS["rte"], labels=labels))
-        with pytest.raises(UserError, match=rf"the labels of task rte was .* and is {', '.join(labels)} in bert_flax"):
+        with pytest.raises(UserError, match=rf"the run has the labels .*, and task rte in .* has {', '.join(labels)};"):
             FinetuneRun.load(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["meaning"]
