@@ -160,7 +160,6 @@ def page(report: dict, printed: str) -> str:
         for name, each in report["figures"].items()
     )
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    hardware = report["hardware"]
     told = "\n".join(line for line in printed.splitlines() if not line.startswith(("step ", "checkpoints")))
     return f"""# char_small on tiny Shakespeare
 
@@ -187,7 +186,7 @@ A sample, temperature 0.8:
 {report["sample"].strip()}
 ```
 
-Commit {report["commit"][:7]}, seed {report["seed"]}, {versions}, {hardware["cores"]} cores of {hardware["cpu"]},
+Commit {report["commit"][:7]}, seed {report["seed"]}, {versions}, {contest.machine(report["hardware"])},
 {report["date"][:10]}. Records: [char_small.json](char_small.json).
 """
 

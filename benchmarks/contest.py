@@ -115,6 +115,12 @@ def hardware() -> dict[str, Any]:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1)}
 
 
+def machine(hardware: Mapping[str, Any]) -> str:
+    """Cores and processor in words, of what ``hardware`` says."""
+    cores = hardware["cores"]
+    return f"{cores} core{'' if cores == 1 else 's'} of {hardware['cpu']}"
+
+
 def git(*command: str) -> str:
     """What a git command prints about this repository."""
     run = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)

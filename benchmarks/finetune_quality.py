@@ -352,7 +352,7 @@ def about(lines: list[dict[str, Any]]) -> str:
     """Commits, dates, versions and machines of runs."""
     commits = sorted({line["commit"][:12] + " with changes" * is_changed(line) for line in lines})
     dates = sorted({line["date"][:10] for line in lines})
-    machines = sorted({f"{line['hardware']['cores']} cores of {line['hardware']['cpu']}" for line in lines})
+    machines = sorted({contest.machine(line["hardware"]) for line in lines})
     versions = sorted({", ".join(f"{name} {number}" for name, number in line["versions"].items()) for line in lines})
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"commit {', '.join(commits)}; {days}; {'; '.join(versions)}; {'; '.join(machines)}, float32. The first run:"

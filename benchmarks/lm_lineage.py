@@ -230,11 +230,10 @@ def line(name: str, each: dict[str, Any]) -> str:
 def sentence(origin: dict[str, Any]) -> str:
     """Where a run's figures come from."""
     changed = " with changes" if origin["changed_files"] else ""
-    machine = origin["hardware"]
     versions = "".join(f"{name} {number}, " for name, number in origin.get("versions", {}).items())
     return (
         f"Commit {origin['commit'][:12]}{changed}, {origin['date'][:10]}, seed 0, Python {origin['python']}, {versions}"
-        f"{machine['cores']} cores of {machine['cpu']}, load {origin['load']:.1f} at the start."
+        f"{contest.machine(origin['hardware'])}, load {origin['load']:.1f} at the start."
     )
 
 

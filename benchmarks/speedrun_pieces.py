@@ -122,8 +122,8 @@ def main() -> None:
         f"# gpt_speedrun, a piece replaced at a time\n\n{options.layers} layers, {options.width} wide, rows of "
         f"{options.length} tokens, {runs[0]['tokens']:,} tokens in {steps} steps, one seed ({options.seed}): small "
         f"differences are chance.\n\n{table}\n\nLosses are those at the end of each run, over all of the held-out "
-        f"text.\n\n`{report['command']}`, commit {report['commit'][:7]}, {versions}, {report['hardware']['cores']} "
-        f"cores of {report['hardware']['cpu']}, {report['date'][:10]}. Curves and settings: "
+        f"text.\n\n`{report['command']}`, commit {report['commit'][:7]}, {versions}, "
+        f"{contest.machine(report['hardware'])}, {report['date'][:10]}. Curves and settings: "
         "[gpt_speedrun_pieces.json](gpt_speedrun_pieces.json).\n"
     )
     (options.output / "gpt_speedrun_pieces.md").write_text(text, encoding="utf-8")

@@ -142,8 +142,8 @@ def main() -> None:
         f"parameters: its output layer is not its embedding.\n\n{table}\n\n{verdict(runs)} "
         "Losses are those at the end of each run, over all of the held-out text, by which learning rates were chosen, "
         "too.\n\n"
-        f"`{report['command']}`, commit {report['commit'][:7]}, {versions}, {report['hardware']['cores']} cores of "
-        f"{report['hardware']['cpu']}, {report['date'][:10]}. Curves and settings: "
+        f"`{report['command']}`, commit {report['commit'][:7]}, {versions}, "
+        f"{contest.machine(report['hardware'])}, {report['date'][:10]}. Curves and settings: "
         "[gpt_speedrun.json](gpt_speedrun.json).\n"
     )
     (options.output / "gpt_speedrun.md").write_text(text, encoding="utf-8")

@@ -139,6 +139,6 @@ def where_from(facts: dict[str, Any]) -> str:
     """Commits, date, versions and machine of a run."""
     commits = " and ".join(f"{commit[:12]}{' with changes' if changed else ''}" for commit, changed in facts["commits"])
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    machine = f"{facts['hardware']['cores']} cores of {facts['hardware']['cpu']}, float32"
+    machine = f"{contest.machine(facts['hardware'])}, float32"
     python = f"Python {facts['python']}"
     return f"commit {commits}, {facts['date'][:10]}, {python}, {versions}, {machine}"

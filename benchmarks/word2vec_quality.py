@@ -124,8 +124,8 @@ def page(report: dict[str, Any]) -> str:
             "nothing was chosen by simlex999 or the analogies.",
             "",
             f"`{report['command']}`, commit {origin['commit'][:12]}, {origin['date'][:10]}, {versions}, "
-            f"{origin['hardware']['cores']} cores of {origin['hardware']['cpu']}, load {origin['load']:.1f} at the "
-            "start. Every run: [word2vec.json](word2vec.json).",
+            f"{contest.machine(origin['hardware'])}, load {origin['load']:.1f} at the start. "
+            "Every run: [word2vec.json](word2vec.json).",
             "",
         ]
     )
