@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -26,6 +27,8 @@ T = TypeVar("T")
 SHORT_RUN = "A run of fewer --train.num-steps than the preset's warmup needs a lower --schedule.warmup-steps too."
 
 Command = Callable[[Sequence[str]], None]
+
+_UNIONS = typing.Union, types.UnionType
 
 _RULE = re.compile(r"[─-]{3,}$")
 
@@ -105,15 +108,10 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
     """Parses options into a dataclass; its fields' docstrings are the help.
 
     Raises:
-      UserError: an unknown option (with the nearest known one), a value of the wrong type, a missing option.
+      UserError: an unknown option (with the nearest known one), a value of the wrong type, a missing option, a list
+        that is given twice, of which the first would be lost.
     """
-    known = options_of(cls)
-    for argument in argv:
-        if argument == "--":
-            break
-        name = _option(argument)
-        if name.startswith("--") and name not in known and name != "--help":
-            raise UserError(f"unknown option {name}{suggest(name, known)}; see {prog} --help")
+    _check_names(cls, argv, prog)
     given: dict[str, Any] = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
@@ -128,6 +126,33 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
         missing = _missing(cls, argv, tyro.MISSING if default is None else default) if "Missing from" in box else []
         wrong = f"{', '.join(missing)} must be given" if missing else _first_sentence(box)
         raise UserError(f"{wrong}; see {prog} --help") from None
+
+
+def _check_names(cls: Any, argv: Sequence[str], prog: str) -> None:
+    """Raises UserError as ``parse``, for what can be told from the options' names alone."""
+    known, lists, before = options_of(cls), list_options(cls), ""
+    given = set()
+    for argument in argv:
+        if argument == "--":
+            break
+        name = _option(argument)
+        if _is_option(name) and name not in known and name not in ("-h", "--help"):
+            is_value = known.get(before, False)
+            remedy = f"as a value it is written {before}={argument}" if is_value else f"see {prog} --help"
+            raise UserError(f"unknown option {name}{suggest(name, known)}; {remedy}")
+        if name in given & lists:
+            raise UserError(f"{name} is given twice; give all of its values after one")
+        given.add(name)
+        before = argument.replace("_", "-")
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word looks like one: a dash alone and numbers do not."""
+    try:
+        float(word)
+    except ValueError:
+        return word.startswith("-") and word != "-"
+    return False
 
 
 def options_given(cls: Any, argv: Sequence[str]) -> frozenset[str]:
@@ -227,6 +252,16 @@ def options_of(cls: Any, prefix: str = "--") -> dict[str, bool]:
         else:
             found[option] = True
     return found
+
+
+def list_options(cls: Any) -> frozenset[str]:
+    """The options of a dataclass's own that take several values at once."""
+    found = set()
+    for field in dataclasses.fields(cls):
+        kinds = typing.get_args(field.type) if typing.get_origin(field.type) in _UNIONS else (field.type,)
+        if any(typing.get_origin(kind) is tuple for kind in kinds):
+            found.add(f"--{field.name.replace('_', '-')}")
+    return frozenset(found)
 
 
 def _missing(cls: Any, argv: Sequence[str], default: Any) -> list[str]:

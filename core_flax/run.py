@@ -103,9 +103,11 @@ class Run(Generic[C]):
         return load_params(self.workdir / CHECKPOINTS, step, sharding)
 
     def data_folder(self, given: str | None) -> Path:
-        """The folder of the data: the one given, else the run's. Raises UserError if the run's has been moved."""
+        """The folder of the data: the one given, else the run's. Raises UserError if that is not there."""
         if given is not None:
             return storage.local_folder("--data", given)
+        if not self.content:
+            raise UserError(f"{self.workdir} holds an imported model, which has no data of its own; give --data")
         if not self.data.is_dir():
             where = f"data folder {self.data}, which {self.workdir / CONFIG} names, is not there"
             raise UserError(f"{where}; give its new place with --data")

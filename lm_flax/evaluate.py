@@ -9,9 +9,9 @@ from core_flax.hardware import compute_dtype
 from core_flax.run import Run
 from core_flax.run import evaluate as run_evaluate
 from core_flax.types import UserError
-from lm_flax import runs
-from lm_flax.architectures import make_model
-from lm_flax.config import Word2VecRun, check_rows
+from lm_flax import figures, runs
+from lm_flax.architectures import context, make_model
+from lm_flax.config import Word2VecRun
 from lm_flax.generate import start_of
 from lm_flax.task import make_evaluator
 from lm_flax.word2vec_task import make_task as make_word2vec_task
@@ -36,12 +36,14 @@ class EvaluateCommand:
     stride: int | None = None
     """How far a row begins behind the one before; of a row, only the last so many tokens count, so that each is
     predicted from at least length - stride tokens. Smaller is slower and tells a lower loss. None: the length."""
+    batch_size: int | None = None
+    """Rows that are read together; None: as in training. Of an LSTM also the streams that the text is cut into."""
     step: int | None = None
     """Step of the checkpoint; None: the newest."""
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        check_range("", self, "length", "stride", least=1)
+        check_range("", self, "length", "stride", "batch_size", least=1)
 
 
 def evaluate(command: EvaluateCommand) -> None:
@@ -55,8 +57,8 @@ def evaluate(command: EvaluateCommand) -> None:
     if text is None:
         raise UserError(f"{folder} holds out nothing: prepare it with --valid-fraction above 0, or give --split train")
     if isinstance(run.config, Word2VecRun):
-        if (command.length, command.stride) != (None, None):
-            raise UserError("--length and --stride are for language models, and this run is of word vectors")
+        if (command.length, command.stride, command.batch_size) != (None, None, None):
+            raise UserError("--length, --stride and --batch-size are for language models, not for word vectors")
         evaluator = make_word2vec_task(run.config, train, text).evaluators["held_out"]
         metrics, step = run_evaluate(run, evaluator, command.step)
         for name, value in metrics.items():
@@ -66,15 +68,20 @@ def evaluate(command: EvaluateCommand) -> None:
     model = make_model(run.config.model, compute_dtype(run.config.train.compute_dtype))
     evaluator = make_evaluator(run.config, model, text, start_of(run, tokenizer), command.stride)
     metrics, step = run_evaluate(run, evaluator, command.step)
-    runs.print_held_out(metrics, step, train, text, tokenizer)
+    title = "held out" if command.split == "valid" else "training text"
+    figures.print_table(metrics, f"{title}, step {step}", train, text, tokenizer)
 
 
 def _as_asked(run: Run[Any], command: EvaluateCommand) -> Run[Any]:
     """The run with rows of the length asked for. Raises UserError if that, or the stride, cannot be."""
-    config = run.config
+    config, most = run.config, context(run.config.model)
+    if command.length is not None and most is not None and command.length > most:
+        raise UserError(f"--length {command.length}: the model can take {most} tokens; give so many at most")
     inputs = dataclasses.replace(config.inputs, length=command.length or config.inputs.length)
-    config = dataclasses.replace(config, inputs=inputs, train=dataclasses.replace(config.train, eval_batches=0))
-    check_rows(config)
+    settings = dataclasses.replace(config.train, eval_batches=0)
+    if command.batch_size is not None:
+        settings = dataclasses.replace(settings, batch_size=command.batch_size, num_microbatches=1)
+    config = dataclasses.replace(config, inputs=inputs, train=settings)
     if command.stride is not None and inputs.order == "streams":
         raise UserError("--stride: this model forgets nothing between rows, so there is nothing to slide; leave it out")
     if command.stride is not None and command.stride > inputs.length:

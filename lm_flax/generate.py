@@ -1,5 +1,6 @@
 """Text from a model: prompts in batches, token by token, within the model's context or sliding over it."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from core_flax.types import Array, Params, UserError
 from lm_flax.architectures import context, make_model
 from lm_flax.tokenizers import Tokenizer
 
+DEFAULT_NEW_TOKENS = 256
 _PARTIAL = "�"
 """What the beginning of a character's bytes is decoded to."""
 
@@ -53,7 +55,10 @@ class Generator:
         lines, and else with token 0.
         """
         try:
+            prompt.encode()
             ids = self.tokenizer.encode(prompt)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} is not UTF-8") from error
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         if self.start_id is None and len(ids):
@@ -91,7 +96,7 @@ class Continuation:
         context whenever it is full.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
     sampling: Sampling = Sampling()
     seed: int = 0
     stop: tuple[str, ...] = ()
@@ -99,7 +104,7 @@ class Continuation:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        check_range("", self, "max_new_tokens", least=1)
+        check_range("", self, "max_new_tokens", least=1, most=2**20)
         check_range("", self, "seed", least=0, below=2**31)
 
 
@@ -129,11 +134,13 @@ def continue_texts(
       portion: tokens between results; the caller may stop at any.
 
     Yields:
-      For each row its new tokens so far; the end of a document, which ends a row, left out.
+      For each row its new tokens so far; the end of a document, which ends a row, left out. Where tokens are words
+      that is also the end of a line, and ends nothing.
     """
     written = [np.zeros(0, np.int32) for _ in prompts]
     keys_B = decode.row_keys(how.seed, jnp.array(numbers))
-    stop = () if generator.tokenizer.end_id is None else (generator.tokenizer.end_id,)
+    end_id = None if generator.tokenizer.is_words else generator.tokenizer.end_id
+    stop = () if end_id is None else (end_id,)
     ended_B, num_rounds, allowed_V = np.zeros(len(prompts), bool), 0, _known(generator)
     while not ended_B.all() and (left := how.max_new_tokens - max(map(len, written))) > 0:
         read = [np.concatenate(both) for both in zip(prompts, written, strict=True)]
@@ -278,12 +285,13 @@ class GenerateCommand:
 
     workdir: str
     """Folder of a training run, or an imported model."""
-    prompt: str | None = None
-    """Text to continue; None: begin a text of one's own."""
+    prompt: str = ""
+    """Text to continue; none: begin a text of one's own."""
     prompts: str | None = None
-    """File of texts to continue instead, one a line (also .gz)."""
-    max_new_tokens: int = 256
-    """Tokens to add at most; the end of a document ends a text before."""
+    """File of texts to continue instead, one a line (also .gz; - is the standard input)."""
+    max_new_tokens: int | None = None
+    """Tokens to add at most; the end of a document ends a text before. None: 256 or, unless the context slides, what it
+    has room for behind the longest prompt."""
     temperature: float = 1.0
     """What scores are divided by before they become probabilities; 0: no chance, always the most probable token."""
     top_k: int | None = None
@@ -309,29 +317,35 @@ class GenerateCommand:
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
         check_range("", self, "num_samples", "batch_size", least=1)
-        if self.prompt is not None and self.prompts is not None:
+        if self.prompt and self.prompts is not None:
             raise UserError("give --prompt or --prompts, not both")
         if "" in self.stop:
             raise UserError("--stop is empty; give a text")
 
     @property
     def continuation(self) -> Continuation:
-        """How texts are continued. Raises UserError on a value out of range."""
+        """How texts are continued, if there is room for it. Raises UserError on a value out of range."""
         sampling = GREEDY
         if self.temperature != 0:
             sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         elif (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise UserError("--temperature 0 takes the most probable token; leave out --top-k, --top-p and --min-p")
-        return Continuation(self.max_new_tokens, sampling, self.seed, self.stop, self.long)
+        elif self.num_samples > 1:
+            raise UserError("--temperature 0 has one continuation of a prompt; leave out --num-samples")
+        most = DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+        return Continuation(most, sampling, self.seed, self.stop, self.long)
 
 
 def run_command(command: GenerateCommand, run: Run[Any], tokenizer: Tokenizer) -> None:
     """``lm-flax generate``. Raises UserError as the functions above do."""
     how = command.continuation
-    texts = [command.prompt or ""] if command.prompts is None else _read_prompts(command.prompts)
+    texts = [command.prompt] if command.prompts is None else _read_prompts(command.prompts)
     generator = Generator.of(run, tokenizer, command.step)
     named = [f"{command.prompts}:{line}" for line in range(1, len(texts) + 1)] if command.prompts else ["--prompt"]
     prompts = [generator.encode(text, where) for text, where in zip(texts, named, strict=True)]
+    if command.max_new_tokens is None and generator.context is not None and how.long == "refuse":
+        room = generator.context + 1 - max(map(len, prompts))
+        how = dataclasses.replace(how, max_new_tokens=max(1, min(how.max_new_tokens, room)))
     check_prompts(generator, prompts, named, how)
     jobs = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) for _ in range(command.num_samples)]
     if len(jobs) == 1:

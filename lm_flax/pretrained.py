@@ -16,7 +16,7 @@ from core_flax.state import TrainState
 from core_flax.types import UserError
 from core_flax.weight_files import read_json
 from lm_flax import runs, tokenizers
-from lm_flax.config import GPT2Run, InputsConfig, LlamaRun, kind_of
+from lm_flax.config import GPT2Run, InputsConfig, LlamaRun, LossConfig, kind_of
 from lm_flax.generate import start_of
 from lm_flax.huggingface import CONFIG, load_pretrained, save_pretrained
 from lm_flax.model import GPT2Config
@@ -31,7 +31,9 @@ def import_hf(folder: str, output: str) -> None:
         empty.
     """
     home = new_folder(output)
-    pretrained, tokenizer = load_pretrained(folder), tokenizers.load(folder)
+    pretrained = load_pretrained(folder)
+    end_id = _end(Path(folder), pretrained.config.vocab_size)
+    tokenizer = tokenizers.load(folder, end_id)
     model: Any = pretrained.config
     if tokenizer.num_tokens > model.vocab_size:
         raise UserError(
@@ -39,11 +41,16 @@ def import_hf(folder: str, output: str) -> None:
             "belong together"
         )
     made: Any = GPT2Run if isinstance(model, GPT2Config) else LlamaRun
-    config = made(model=model, inputs=InputsConfig(length=model.max_length), train=TrainConfig(batch_size=8))
+    config = made(
+        model=model,
+        inputs=InputsConfig(length=model.max_length),
+        loss=LossConfig(num_chunks=8),
+        train=TrainConfig(batch_size=8),
+    )
     checkpoints = Checkpoints(home / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, pretrained.params), {}))
     checkpoints.close()
-    facts = {"tokenizer_file": tokenizer.file, "start_id": _start(Path(folder), tokenizer)}
+    facts = {"tokenizer_file": tokenizer.file, "start_id": _start(Path(folder), tokenizer), "end_id": end_id}
     # There is no data: the folder named is one that whoever evaluates will be asked for.
     run = Run(home, kind_of(config), config, storage.absolute(home) / "data", "", tokenizer.fingerprint, facts)
     run.save(tokenizer.file, tokenizer.save)
@@ -84,6 +91,13 @@ def _start(folder: Path, tokenizer: Tokenizer) -> int | None:
         found = read_json(folder / CONFIG).get("bos_token_id", found)
     is_other = isinstance(found, int) and 0 <= found < tokenizer.num_tokens and found != tokenizer.end_id
     return found if is_other else None
+
+
+def _end(folder: Path, vocab_size: int) -> int | None:
+    """The token that config.json has end a text, of several the first; None: it names none of the vocabulary's."""
+    found = read_json(folder / CONFIG).get("eos_token_id")
+    first = found[0] if isinstance(found, list) and found else found
+    return first if isinstance(first, int) and 0 <= first < vocab_size else None
 
 
 def _size(config: Any, params: Any) -> str:

@@ -1,7 +1,6 @@
 """A run's folder: the settings and the tokenizer it was started with, its data, its checkpoints."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from core_flax.program import check_settings, make_program
 from core_flax.run import CONFIG, LOCK, Run, busy, own_data, with_vocabulary
 from core_flax.task import Task
 from core_flax.types import UserError
-from lm_flax import architectures, task, tokenizers, word2vec_task
+from lm_flax import architectures, figures, task, tokenizers, word2vec_task
 from lm_flax.config import (
     KINDS,
     AnyRun,
@@ -83,15 +82,22 @@ class Word2VecCommand(Folders, Word2VecRun):
 
 
 TrainCommand = GPT2Command | LlamaCommand | SpeedrunCommand | ConvCommand | LSTMCommand | Word2VecCommand
-COMMANDS: dict[type[AnyRun], type] = {cls.__mro__[2]: cls for cls in TrainCommand.__args__}
+COMMANDS: dict[type[AnyRun], type] = {
+    GPT2Run: GPT2Command,
+    LlamaRun: LlamaCommand,
+    SpeedrunRun: SpeedrunCommand,
+    ConvRun: ConvCommand,
+    LSTMRun: LSTMCommand,
+    Word2VecRun: Word2VecCommand,
+}
 """The class of the command by that of the settings."""
 
 
 def load_run(workdir: str | Path) -> tuple[Run[Any], Tokenizer]:
     """A run, or an imported model, and its tokenizer. Raises UserError if the folder holds neither."""
-    run = Run.load(workdir, KINDS, tokenizer_file=str, start_id=int | None)
+    run = Run.load(workdir, KINDS, tokenizer_file=str, start_id=int | None, end_id=int | None)
     file = run.facts["tokenizer_file"]
-    tokenizer = tokenizers.load(run.workdir / file)
+    tokenizer = tokenizers.load(run.workdir / file, run.facts["end_id"])
     run.check_tokenizer(file, tokenizer.fingerprint)
     return run, tokenizer
 
@@ -172,7 +178,9 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
     if isinstance(config, Word2VecRun) or jax.process_index() != 0:
         return
     if held_out:
-        print_held_out(metrics, config.train.num_steps, store, held_out, tokenizer)
+        figures.print_table(metrics, f"held out, step {config.train.num_steps}", store, held_out, tokenizer)
+        if num_batches := config.train.eval_batches:
+            print(f"(the model's of the first {num_batches} batches; lm-flax evaluate --workdir {workdir} reads all)")
     if config.sample_tokens:
         print_sample(run, tokenizer, config.sample_tokens)
 
@@ -200,34 +208,3 @@ def _own_text(workdir: Path, config: AnyRun) -> Path:
 
     first_does(make)
     return data
-
-
-def held_out_lines(
-    loss: float, train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer
-) -> Mapping[str, tuple[float, float]]:
-    """What a loss per token means in other units, beside that of the unigram model: name -> (model, unigram)."""
-    info, both = held_out.info, (loss, task.unigram_loss(train, held_out))
-    per_word = "word" if tokenizer.is_words else "token"
-    figures = {f"loss, nats per {per_word}": both, f"perplexity per {per_word}": tuple(map(_exp, both))}
-    figures["bits per byte"] = tuple(each * info.tokens / info.bytes / math.log(2) for each in both)
-    if not tokenizer.is_words:
-        figures["perplexity per word"] = tuple(_exp(each * info.tokens / info.words) for each in both)
-    return figures
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
-
-
-def print_held_out(
-    metrics: Mapping[str, float], step: int, train: TokenStore, held_out: TokenStore, tokenizer: Tokenizer
-) -> None:
-    """The table at the end of a language model's run."""
-    print(f"held out, step {step:<13}{'model':>12}{'unigram':>14}")
-    for name, (model, unigram) in held_out_lines(metrics["loss"], train, held_out, tokenizer).items():
-        print(f"{name:<28}{_figure(model):>12}{_figure(unigram):>14}")
-    print(f"{'accuracy':<28}{metrics['accuracy']:>12.1%}")
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4f}" if value < 100 else f"{value:,.1f}" if value < 1e7 else f"{value:.2e}"

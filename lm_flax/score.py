@@ -28,7 +28,7 @@ class ScoreCommand:
     """
 
     file: tyro.conf.Positional[str]
-    """File of plain text, also gzipped (.gz)."""
+    """File of plain text, also gzipped (.gz); - is the standard input."""
     workdir: str
     """Folder of a training run, or an imported model."""
     long: Literal["refuse", "slide"] = "refuse"
@@ -94,8 +94,9 @@ def log_probs(generator: Generator, texts: Sequence[np.ndarray], batch_size: int
 def _rows(before: np.ndarray, ids: np.ndarray, most: int | None) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """(tokens read, tokens predicted, how many of them an earlier row has scored) of a text, in rows that fit."""
     read, length = np.concatenate([before, ids[:-1]]), len(ids) if most is None else most
-    for start in range(0, max(1, len(ids) - length // 2), max(1, length // 2)):
-        yield read[start : start + length], ids[start : start + length], (length - length // 2) if start else 0
+    step = max(1, length // 2)
+    for start in range(0, max(1, len(ids) - length // 2), step):
+        yield read[start : start + length], ids[start : start + length], length - step if start else 0
 
 
 @partial(jax.jit, static_argnums=0)

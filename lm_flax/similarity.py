@@ -1,5 +1,6 @@
 """What word vectors know: analogies, agreement with people's judgements of similarity, nearest neighbours."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,21 +101,29 @@ def read_judgements(path: str | Path) -> list[tuple[str, str, float]]:
         if line.startswith("#"):
             continue
         first, second, *rest = [*line.split("\t"), "", ""]
-        try:
-            pairs.append((first, second, float(rest[0])))
-        except ValueError as error:
+        judged = _number(rest[0])
+        if not math.isfinite(judged):
             raise UserError(
                 f"{path}, line {number}: {line!r}, where two words and a number should be, separated by tabs"
-            ) from error
+            )
+        pairs.append((first, second, judged))
     if not pairs:
         raise UserError(f"{path} holds no pairs of words; give a file in the layout of wordsim353.tsv")
     return pairs
 
 
+def _number(text: str) -> float:
+    """NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _lines(path: str | Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]

@@ -35,8 +35,8 @@ class Streams:
         self._num_predicted = len(tokens_T) - (before is None)
         if self._num_predicted < num_rows:
             raise UserError(
-                f"the text has {len(tokens_T)} tokens, too few for {num_rows} streams: prepare more text or set "
-                "--train.batch-size lower"
+                f"a text of {len(tokens_T)} tokens, to train on or held out, is too short for {num_rows} streams: "
+                "prepare more, or take fewer rows (train's --train.batch-size, evaluate's --batch-size)"
             )
         self._per_row = -(-self._num_predicted // num_rows)
 

@@ -156,12 +156,13 @@ def make_evaluator(
     Raises:
       UserError: nothing of the text is predicted.
     """
-    # What fits in training fits in evaluation; the tokens are the same in whatever portions.
-    portions = config.train.num_microbatches
+    recurrent = config.inputs.order == "streams"
+    # What fits in training fits in evaluation, and rows are the same in whatever portions. Streams are not: of another
+    # number of them each would begin elsewhere.
+    portions = 1 if recurrent else config.train.num_microbatches
     num_rows, most = config.train.batch_size // portions, config.train.eval_batches * portions
     # Exact over the whole text, whose bytes and tokens are counted; an estimate over a part of it.
     bytes_per_token = held_out.info.bytes / held_out.info.tokens
-    recurrent = config.inputs.order == "streams"
     if recurrent:
         batches: Callable[[], Iterator[Batch]] = partial(
             make_streams(config, held_out, before, num_rows).in_order, most
@@ -183,12 +184,3 @@ def make_evaluator(
 
     carry = partial(model.init_cache, num_rows, 0) if recurrent else None
     return Evaluator(batches, metric_sums, objective="loss", carry=carry)
-
-
-def unigram_loss(train: TokenStore, held_out: TokenStore) -> float:
-    """Cross-entropy, nats a token, of predicting each token by how often it occurs in the training text.
-
-    One is added to every count, so that what the training text lacks is not impossible.
-    """
-    share_V = (train.counts_V + 1) / (train.counts_V + 1).sum()
-    return float(-(held_out.counts_V @ np.log(share_V)) / held_out.counts_V.sum())

@@ -186,24 +186,31 @@ class BytePairs:
     """A tokenizer of the package tokenizers: byte-level BPE (Radford et al. 2019, section 2.2), or what a file holds.
 
     Special tokens that stand in a text are text like any other, so that no text can end a document by itself.
+
+    Args:
+      tokenizer: the package's.
+      origin: where it is from, for messages.
+      end_id: the token that ends a document; None: the first of the common ones that it has.
+
+    Raises:
+      UserError: it has none of them.
     """
 
     file, is_words = JSON, False
 
-    def __init__(self, tokenizer: PackageTokenizer, origin: str = "the tokenizer") -> None:
-        """Raises UserError if it has no token that ends a document."""
+    def __init__(self, tokenizer: PackageTokenizer, origin: str = "the tokenizer", end_id: int | None = None) -> None:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.num_tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         found = [tokenizer.token_to_id(token) for token in _ENDS]
-        self.end_id = next((number for number in found if number is not None), None)
+        self.end_id = next((number for number in [end_id, *found] if number is not None), None)
         if self.end_id is None:
             raise UserError(f"{origin} has no token that ends a document (such as {END_OF_TEXT}); add one to it")
 
     def __reduce__(self) -> tuple:
-        return _byte_pairs_from, (self._tokenizer.to_str(),)
+        return _byte_pairs_from, (self._tokenizer.to_str(), self.end_id)
 
     @property
     def fingerprint(self) -> str:
@@ -242,8 +249,8 @@ class BytePairs:
         path.write_text(self._tokenizer.to_str() + "\n", encoding="utf-8")
 
 
-def _byte_pairs_from(text: str) -> BytePairs:
-    return BytePairs(PackageTokenizer.from_str(text))
+def _byte_pairs_from(text: str, end_id: int | None) -> BytePairs:
+    return BytePairs(PackageTokenizer.from_str(text), end_id=end_id)
 
 
 class Pieces:
@@ -251,9 +258,9 @@ class Pieces:
 
     file, is_words = MODEL, False
 
-    def __init__(self, model: SentencePiece) -> None:
+    def __init__(self, model: SentencePiece, end_id: int | None = None) -> None:
         self._model, self.num_tokens, self.start_id = model, model.num_tokens, model.bos_id
-        self.end_id: int | None = model.eos_id
+        self.end_id: int | None = model.eos_id if end_id is None else end_id
         self.unk_id = model.unk_id
 
     @property
@@ -338,8 +345,12 @@ def about(tokenizer: Tokenizer, start_id: int | None) -> dict[str, Any]:
     return name | {mark: tokenizer.token(number) for mark, number in marks.items() if number is not None}
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | Path, end_id: int | None = None) -> Tokenizer:
     """The tokenizer in a file, or in a folder: ours, a tokenizer.json, vocab.json beside merges.txt, or a .model.
+
+    Args:
+      path: the file or folder.
+      end_id: the token that ends documents, where an imported model says which; None: the tokenizer's own.
 
     Raises:
       UserError: there is none, or it cannot be read.
@@ -351,13 +362,13 @@ def load(path: str | Path) -> Tokenizer:
             raise UserError(f"{path} holds no tokenizer: none of {JSON}, vocab.json with merges.txt, or {MODEL}")
         path = there[0]
     if path.suffix == ".model":
-        return Pieces(SentencePiece.load(path))
+        return Pieces(SentencePiece.load(path), end_id)
     if path.name.endswith((*_GPT2_FILES, *_GPT2_FILES.values())):
-        return _load_gpt2(path)
-    return _load_json(path)
+        return _load_gpt2(path, end_id)
+    return _load_json(path, end_id)
 
 
-def _load_gpt2(path: Path) -> Tokenizer:
+def _load_gpt2(path: Path, end_id: int | None) -> Tokenizer:
     """GPT-2's own files, which lie beside each other; their names end in what one of ``_GPT2_FILES`` has."""
     ends = next(pair for pair in _GPT2_FILES.items() if path.name.endswith(pair))
     stem = path.name.removesuffix(ends[0]).removesuffix(ends[1])
@@ -370,10 +381,10 @@ def _load_gpt2(path: Path) -> Tokenizer:
         raise UserError(f"cannot read the byte-level BPE {vocab} and {merges}: {why}") from error
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
         tokenizer.add_special_tokens([END_OF_TEXT])
-    return BytePairs(tokenizer, str(vocab))
+    return BytePairs(tokenizer, str(vocab), end_id)
 
 
-def _load_json(path: Path) -> Tokenizer:
+def _load_json(path: Path, end_id: int | None) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
         stored = json.loads(text)
@@ -388,7 +399,7 @@ def _load_json(path: Path) -> Tokenizer:
             return Characters(stored["characters"], stored["has_end"])
         if stored.get("kind") == "word":
             return Words(stored["words"])
-        return BytePairs(PackageTokenizer.from_str(text), str(path))
+        return BytePairs(PackageTokenizer.from_str(text), str(path), end_id)
     except UserError:
         raise
     except Exception as error:  # the package raises nothing narrower

@@ -62,8 +62,8 @@ class WindowBatches:
     ) -> None:
         if len(tokens_T) < config.length:
             raise UserError(
-                f"the text has {len(tokens_T)} tokens, a row {config.length}: prepare more text or set "
-                "--inputs.length lower"
+                f"a text of {len(tokens_T)} tokens, to train on or held out, is shorter than a row of "
+                f"{config.length}: prepare more text, or train with a lower --inputs.length"
             )
         self._tokens_T, self._ends, self._config = tokens_T, ends, config
         self._seed, self._batch_size = seed, batch_size

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from core_flax.types import UserError
 
 DocumentMode = Literal["blank-line", "file"]
 
-PYTHON_DOCS = "python:docs"
+PYTHON_DOCS, STDIN = "python:docs", "-"
 _TFDS = "tfds:"
 _PART_BYTES = 1 << 20
 """A longer document, or a longer line, is handed on in parts of about this size: memory stays bounded."""
@@ -88,6 +89,8 @@ def read_parts(
 
 def read_lines(name: str, progress: Progress = _ignore) -> Iterator[tuple[int, str]]:
     """Lines of a plain text file, gzipped (``.gz``) or not, without their ends, with their numbers from 1.
+
+    ``-`` is the standard input, and pipes will do.
 
     Raises:
         UserError: the file is missing, not UTF-8, no whole gzip file, or has a line longer than memory should hold.
@@ -204,8 +207,8 @@ def _lines(name: str, progress: Progress, limit: int, cut: bool) -> Iterator[tup
         while raw := stream.readline(limit):
             unread += len(raw)
             if unread >= _PART_BYTES:
-                progress(stored.tell() - told)
-                told, unread = stored.tell(), 0
+                progress(_place(stored) - told)
+                told, unread = _place(stored), 0
             size = _cut_before(raw, limit)
             if size < len(raw) and not cut:
                 raise UserError(
@@ -216,7 +219,12 @@ def _lines(name: str, progress: Progress, limit: int, cut: bool) -> Iterator[tup
             number += raw.endswith(b"\n")
         if rest:
             yield number, _decode(name, number, rest)
-        progress(stored.tell() - told)
+        progress(_place(stored) - told)
+
+
+def _place(stored: IO[bytes]) -> int:
+    """Bytes read so far; a pipe does not know, and tells 0."""
+    return stored.tell() if stored.seekable() else 0
 
 
 def _cut_before(raw: bytes, limit: int) -> int:
@@ -244,6 +252,9 @@ def _decode(name: str, number: int, raw: bytes) -> str:
 @contextmanager
 def _open(name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The file as stored and as read (unpacked). What goes wrong while it is read becomes a UserError."""
+    if name == STDIN:
+        yield sys.stdin.buffer, sys.stdin.buffer
+        return
     path = _existing(name)
     try:
         with path.open("rb") as stored:
@@ -270,7 +281,11 @@ def _existing(name: str) -> Path:
 def _size(name: str) -> int | None:
     if name == PYTHON_DOCS:
         return sum(len(text.encode()) for _, text in _python_docs())
-    return None if name.startswith(_TFDS) else _existing(name).stat().st_size
+    if name.startswith(_TFDS):
+        return None
+    if not (path := _existing(name)).is_file():
+        raise UserError(f"input {name} is no file but a pipe or a device, and is read more than once; copy it to one")
+    return path.stat().st_size
 
 
 def _is_jsonl(name: str) -> bool:

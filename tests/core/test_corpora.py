@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -180,6 +181,16 @@ def test_too_long_json_is_refused(tmp_path, monkeypatch):
     name = write(tmp_path / "a.jsonl", json.dumps({"text": "word " * 300_000}))
     with pytest.raises(UserError, match=r"a.jsonl:1 is longer than 1 MiB"):
         list(read_parts([name]))
+
+
+def test_lines_come_through_a_pipe_and_text_to_prepare_does_not():
+    read, write_end = os.pipe()
+    os.write(write_end, b"one\ntwo\n")
+    os.close(write_end)
+    assert list(corpora.read_lines(f"/dev/fd/{read}")) == [(1, "one"), (2, "two")]
+    with pytest.raises(UserError, match=r"is no file but a pipe or a device, and is read more than once"):
+        corpora.stored_bytes([f"/dev/fd/{read}"])
+    os.close(read)
 
 
 TFDS_SCRIPT = """

@@ -1,5 +1,6 @@
-"""The encoder in programs that are not ours: a plain Linen and optax loop (the README's example), and an NNX one."""
+"""Modules in programs that are not ours: a plain Linen and optax loop (the README's example), an NNX one, a Llama."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from flax.nnx import bridge
 
 from bert_flax.model import BertConfig, BertEncoder
 
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/reuse_encoder.py"
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
+EXAMPLE = EXAMPLES / "reuse_encoder.py"
 
 
 def test_linen_example(capsys):
@@ -18,6 +20,12 @@ def test_linen_example(capsys):
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 30 and losses[-1] < 0.6 * losses[0]
     assert len([line for line in EXAMPLE.read_text(encoding="utf-8").splitlines()[1:] if line]) <= 20
+
+
+def test_a_language_model_learns_to_count(capsys):
+    runpy.run_path(str(EXAMPLES / "reuse_language_model.py"))
+    rows = [[int(each) for each in re.findall(r"\d+", line)] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [[6, 7, 8, 9, 10, 11, 0, 1], [10, 11, 0, 1, 2, 3, 4, 5]]
 
 
 def test_nnx():

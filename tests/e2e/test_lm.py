@@ -108,7 +108,12 @@ def test_evaluate_is_what_training_told(home):
         told = right("evaluate", "--workdir", home / "run", "--stride", stride)
         loss[stride] = float(re.search(r"nats per token +([\d.]+)", told)[1])
     assert f"{loss[64]:.4f}" in printed and loss[16] != loss[64]
-    assert "step 3" in right("evaluate", "--workdir", home / "run", "--step", 3, "--split", "train")
+    of_train = right("evaluate", "--workdir", home / "run", "--step", 3, "--split", "train")
+    assert of_train.startswith("training text, step 3 ")
+    others = right("evaluate", "--workdir", home / "run", "--batch-size", 3)  # but for rounding
+    assert others.splitlines()[:2] == printed.splitlines()[:2]
+    part = right(*train(home / "run", home / "char", train__eval_batches=1))
+    assert "(the model's of the first 1 batches; lm-flax evaluate --workdir" in part
 
 
 @pytest.mark.parametrize("preset", ["gpt_speedrun", "lstm_small", "word2vec"])
@@ -150,12 +155,22 @@ def test_generate(home, tmp_path):
     assert found == [("1", "1", "The"), ("1", "2", "The"), ("2", "1", "the dog"), ("2", "2", "the dog")]
 
 
-def test_score(home, tmp_path):
+def test_a_text_is_as_long_as_the_context_lets_it_be(home):
+    said = right("generate", "--workdir", home / "run", "--prompt", "The old", "--temperature", 0)
+    # Of 64 tokens read the first stands before the text; the last one generated is not read; the line ends.
+    assert len(said) == 63 + 1 + 1
+    asked = ("generate", "--workdir", home / "run", "--temperature", 0, "--long", "slide")
+    assert right(*asked) == right(*asked, "--max-new-tokens", 256)
+
+
+def test_score(home, tmp_path, monkeypatch):
     lines = tmp_path / "lines.txt"
     lines.write_text("The dog\n\nThe old farmer\n")
     told = [line.split("\t") for line in right("score", lines, "--workdir", home / "run").splitlines()]
     assert [(count, text) for _, count, text in told] == [("7", "The dog"), ("0", ""), ("14", "The old farmer")]
     assert float(told[0][0]) < 0 == float(told[1][0]) and float(told[2][0]) < float(told[0][0])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
+    assert [line.split("\t") for line in right("score", "-", "--workdir", home / "run").splitlines()] == told
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama_150m"])
@@ -169,9 +184,14 @@ def test_models_go_out_and_come_back(home, tmp_path, preset, monkeypatch):
     assert params(tmp_path / "run") == params(tmp_path / "back")
     told = right("evaluate", "--workdir", tmp_path / "back", "--data", home / "bpe", "--length", 16)
     assert told.splitlines()[1:] == right("evaluate", "--workdir", tmp_path / "run").splitlines()[1:]
-    assert f"data folder {tmp_path / 'back' / 'data'}, which" in refused("evaluate", "--workdir", "back")
+    assert "back holds an imported model, which has no data of its own" in refused("evaluate", "--workdir", "back")
     again = train(tmp_path / "back", home / "bpe", preset, **changes)
     assert "holds an imported model, which is not trained on" in refused(*again)
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(about | {"eos_token_id": [5, 7]}))
+    right("import-hf", "hf", "--output", "other")
+    right("export-hf", "--workdir", "other", "--output", "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 5
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "describes a model of type 'bert'" in refused("import-hf", tmp_path / "hf", "--output", tmp_path / "no")
 
@@ -182,6 +202,14 @@ def test_bad_input(home, tmp_path):
     long = right("generate", *run, "--max-new-tokens", 70, "--long", "slide", "--prompt", "a" * 100)
     assert long.startswith("a" * 100)
     assert "'§' is not among" in refused("generate", *run, "--prompt", "§")
+    assert "--prompt is not UTF-8" in refused("generate", *run, "--prompt", "\udcff")
+    assert "as a value it is written --prompt=--the" in refused("generate", *run, "--prompt", "--the")
+    assert "--stop is given twice; give all of its values after one" in refused(
+        "generate", *run, "--stop", "a", "--stop=b"
+    )
+    assert "--max-new-tokens 3000000000" in refused("generate", *run, "--max-new-tokens", 3_000_000_000)
+    assert "leave out --num-samples" in refused("generate", *run, "--temperature", 0, "--num-samples", 3)
+    assert "--length 65: the model can take 64" in refused("evaluate", *run, "--length", 65)
     other = train(home / "run", home / "word")
     assert "was made with another tokenizer" in refused(*other)
     assert "was made with another tokenizer" in refused("evaluate", *run, "--data", home / "word")

@@ -73,6 +73,13 @@ def test_microbatches_and_the_mesh_change_nothing():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, expected)
 
 
+def test_evaluation_is_the_same_whatever_the_microbatches():
+    params = random_params(CONFIG.model)
+    tasks = [make_task(config, TRAIN, HELD_OUT, SEPARATOR) for config in (CONFIG, changed(num_microbatches=2))]
+    one, other = (make_evaluate(task.evaluators["held_out"], make_mesh(MeshConfig()))(params) for task in tasks)
+    assert one == other
+
+
 @pytest.mark.parametrize("packing", ["documents", "stream"])
 def test_evaluation_predicts_each_token_once_from_all_before_it(packing):
     """By hand: each stream read at once, as sequences that separators begin."""

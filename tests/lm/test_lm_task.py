@@ -19,6 +19,7 @@ from lm_flax import generate
 from lm_flax.batches import Rows
 from lm_flax.config import ConvRun, GPT2Run, InputsConfig, LlamaRun, LossConfig, check_rows
 from lm_flax.convolution import ConvConfig
+from lm_flax.figures import unigram_loss
 from lm_flax.generate import (
     Continuation,
     Generator,
@@ -30,7 +31,7 @@ from lm_flax.generate import (
     stream_text,
 )
 from lm_flax.score import log_probs
-from lm_flax.task import loss_weights, make_evaluator, token_sums, unigram_loss
+from lm_flax.task import loss_weights, make_evaluator, token_sums
 from lm_flax.tokenizers import Characters, train_byte_pairs
 
 END = V - 1
@@ -275,6 +276,26 @@ def test_long_texts_are_scored_from_half_a_context():
     for place in range(37):
         start = 0 if place < 16 else (place - 16) // 8 * 8 + 8
         total -= plain_nll(GPT2, made.params, ids[start : place + 1], read[start])[-1]
+    np.testing.assert_allclose(log_probs(made, [ids]), [total], rtol=1e-5)
+
+
+def test_the_end_of_a_line_ends_no_text_of_words():
+    """Which is also what ends a document there."""
+
+    class Lines(Characters):
+        is_words = True
+
+    made, prompts, how = generator(), [np.array([1], np.int32)] * 8, Continuation(60, long="slide")
+    lines = dataclasses.replace(made, tokenizer=Lines(LETTERS[:-1], has_end=True))
+    (*_, ended), (*_, whole) = (list(continue_texts(each, prompts, range(8), how, 60)) for each in (made, lines))
+    assert min(map(len, ended)) < 60 and {len(row) for row in whole} == {60}
+    for row, longer in zip(ended, whole, strict=True):  # until the context slides, which rows do together
+        np.testing.assert_array_equal(row[:15], longer[: len(row)][:15])
+
+
+def test_a_context_of_one_token_scores_every_token():
+    made, ids = dataclasses.replace(generator(), context=1), tokens(5, seed=5) % (V - 1)
+    total = -sum(plain_nll(GPT2, made.params, ids[at : at + 1], [END, *ids][at])[0] for at in range(5))
     np.testing.assert_allclose(log_probs(made, [ids]), [total], rtol=1e-5)
 
 

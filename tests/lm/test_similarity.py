@@ -126,6 +126,7 @@ def test_of_words_that_are_all_unknown_nothing_is_claimed(questions, pairs):
         (read_questions, ": family\n", "holds no questions"),
         (read_judgements, "man woman 7\n", "line 1: 'man woman 7', where two words and a number should be"),
         (read_judgements, "man\twoman\tmuch\n", "where two words and a number should be"),
+        (read_judgements, "man\twoman\tnan\n", "where two words and a number should be"),
         (read_judgements, "# nothing\n", "holds no pairs"),
     ],
 )
@@ -134,6 +135,11 @@ def test_files_of_another_layout_are_refused(tmp_path, read, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "marked.txt").write_text("\ufeff: family\nman woman king queen\n")
+    assert read_questions(tmp_path / "marked.txt") == {"family": [("man", "woman", "king", "queen")]}
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
