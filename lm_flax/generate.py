@@ -172,7 +172,11 @@ def _known(generator: Generator) -> Array | None:
 
 
 def _fit(read: list[np.ndarray], left: int, most: int | None) -> tuple[list[np.ndarray], int]:
-    """What is read, and how many tokens to add: of a row that leaves no room for more, the newer half is read."""
+    """What is read, and how many tokens to add: of a row that leaves no room for more, the newer half is read.
+
+    Say a context has 8. A row of 5 is read and has room for 4, the last of which is not read again. So a row of 8 has
+    room for one; if more are to come, its newer 4 are read, with room for 5.
+    """
     if most is None:
         return read, left
     full = most + (left == 1)  # the last token that is generated is not read again

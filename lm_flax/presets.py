@@ -144,6 +144,8 @@ def char_small() -> GPT2Run:
     For tiny Shakespeare, split as prepare does by itself. nanoGPT's own recipe: --optimizer.name adamw
     --optimizer.learning-rate 1e-3 --optimizer.weight-decay 0.1 --optimizer.beta2 0.99 --schedule.name cosine
     --schedule.final-fraction 0.1 --inputs.order random.
+
+    lm-flax train char_small --workdir DIR --data DATA: held-out loss 1.61 in 102 seconds on 2 CPU cores.
     """
     return GPT2Run(
         model=_nanogpt(num_layers=4, num_heads=4, width=128, dropout=0.0, length=64),
@@ -240,6 +242,9 @@ def word2vec() -> Word2VecRun:
     """Skip-gram with 5 words of noise and windows of 5, 100 wide; 5 epochs of WikiText-2's two million words.
 
     6,000,000 parameters of 30,000 words (Mikolov et al. 2013, arXiv 1310.4546).
+
+    lm-flax train word2vec --workdir DIR --data DATA, then lm-flax analogies --wordsim353 FILE: rank correlation 0.40 to
+    0.42 after 2 minutes on a CPU core.
     """
     return Word2VecRun(
         model=Word2VecConfig(vocab_size=30_000, width=100),
