@@ -2,9 +2,10 @@
 
 All have about the same number of parameters, read the same text and take the same number of tokens: a step has 700, and
 every model takes as many steps. What differs besides the architecture is each one's recipe, written down below: nplm
-and conv have AdamW's, the LSTM its paper's, and the Transformer char_small's, by Muon, since by AdamW it learned less
-than nplm after two epochs of any of five recipes (learning rates of 1e-3 to 4e-3, dropout of 0 to 0.3). Each run is one of ``lm-flax train`` in the workdir: started again, this goes on where it was stopped, and the report is
-written anew after every run.
+and conv have AdamW's, the LSTM its paper's, and the Transformer char_small's, by Muon, since by AdamW it had learned
+less than nplm after an epoch of any of four recipes (learning rates of 1e-3 to 4e-3, dropout of 0 to 0.3). Each run is
+one of ``lm-flax train`` in the workdir: started again, this goes on where it was stopped, and the report is written
+anew after every run.
 
 python benchmarks/lm_lineage.py --data ptb --workdir runs/lineage
 

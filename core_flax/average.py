@@ -57,7 +57,7 @@ def average(workdir: str, last: int, output: str | None = None) -> tuple[Path, l
     checkpoints = Checkpoints(home / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(steps[-1]), params, {}))
     checkpoints.close()
-    _copy_settings(folder, home)
+    _copy_settings(folder, home, last)
     return home, steps[-last:]
 
 
@@ -77,13 +77,13 @@ def mean_of(directory: Path, steps: Sequence[int]) -> Params:
     return jax.tree.map(lambda total: jnp.asarray((total / len(steps)).astype(np.float32)), sums)
 
 
-def _copy_settings(folder: Path, home: Path) -> None:
+def _copy_settings(folder: Path, home: Path, last: int) -> None:
     """All files that lie beside the checkpoints but for records and locks; config.json last, it makes a run."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix not in (".jsonl", ".lock", ".tmp") and path.name != CONFIG:
             with storage.replacing(home / path.name) as partial:
                 partial.write_bytes(path.read_bytes())
-    stored = read_json(folder / CONFIG)
+    stored: dict[str, Any] = {**read_json(folder / CONFIG), "averaged": last}
     if isinstance(stored.get("data"), str):  # of data in the run's own folder it says where, from there
         stored["data"] = os.path.normpath(storage.absolute(folder) / stored["data"])
     with storage.replacing(home / CONFIG) as partial:

@@ -46,7 +46,7 @@ class BeamSearch:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
-        check_range("", self, "beam_size", "n_best", least=1)
+        check_range("", self, "beam_size", "n_best", least=1, most=2**16)
         check_range("", self, "length_penalty")
         check_range("", self, "length_offset", least=0)
         if self.n_best > self.beam_size:

@@ -29,6 +29,7 @@ SHORT_RUN = "A run of fewer --train.num-steps than the preset's warmup needs a l
 Command = Callable[[Sequence[str]], None]
 
 _UNIONS = typing.Union, types.UnionType
+_LESS = "a lower batch size, more microbatches, shorter rows, fewer beams"
 
 _RULE = re.compile(r"[─-]{3,}$")
 
@@ -50,9 +51,9 @@ _NOT_OURS = {
 def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs ``prog COMMAND ...`` and exits with a status that tells what happened, and one line unless all went well.
 
-    0 done; 2 a mistake of the user's, or a disk that is full or cannot be written; 70 a loss or gradient is no longer
-    finite (the last good checkpoint stays); 75 interrupted and saved (run the same command again); 128 + n ended at
-    once by signal n; 1, with a traceback, a mistake of ours.
+    0 done; 2 a mistake of the user's, a disk that is full or cannot be written, or too little memory; 70 a loss or
+    gradient is no longer finite (the last good checkpoint stays); 75 interrupted and saved (run the same command
+    again); 128 + n ended at once by signal n; 1, with a traceback, a mistake of ours.
 
     Args:
       prog: name of the program, for messages.
@@ -89,7 +90,23 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
             raise
         print(f"{prog}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"{prog}: error: out of memory ({_first_line(error)}); take less at a time: {_LESS}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an array could not be had: XLA's error by name, since jax may not be there."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no more is known"])[0][:200]
 
 
 def _overview(prog: str, commands: Mapping[str, tuple[str, Command]]) -> str:
@@ -130,7 +147,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
 
 def _check_names(cls: Any, argv: Sequence[str], prog: str) -> None:
     """Raises UserError as ``parse``, for what can be told from the options' names alone."""
-    known, lists, before = options_of(cls), list_options(cls), ""
+    known, once, before = options_of(cls), options_given_once(cls), ""
     given = set()
     for argument in argv:
         if argument == "--":
@@ -140,8 +157,8 @@ def _check_names(cls: Any, argv: Sequence[str], prog: str) -> None:
             is_value = known.get(before, False)
             remedy = f"as a value it is written {before}={argument}" if is_value else f"see {prog} --help"
             raise UserError(f"unknown option {name}{suggest(name, known)}; {remedy}")
-        if name in given & lists:
-            raise UserError(f"{name} is given twice; give all of its values after one")
+        if name in given & once.keys():
+            raise UserError(f"{name} is given twice; {once[name]}")
         given.add(name)
         before = argument.replace("_", "-")
 
@@ -254,14 +271,20 @@ def options_of(cls: Any, prefix: str = "--") -> dict[str, bool]:
     return found
 
 
-def list_options(cls: Any) -> frozenset[str]:
-    """The options of a dataclass's own that take several values at once."""
-    found = set()
+def options_given_once(cls: Any) -> dict[str, str]:
+    """The options of a dataclass's own of which a second would do away with files or texts, with the remedy.
+
+    Of numbers and choices the last one counts, so that a script's can be changed by what is written behind it.
+    """
+    found = {}
     for field in dataclasses.fields(cls):
         kinds = typing.get_args(field.type) if typing.get_origin(field.type) in _UNIONS else (field.type,)
+        option = f"--{field.name.replace('_', '-')}"
         if any(typing.get_origin(kind) is tuple for kind in kinds):
-            found.add(f"--{field.name.replace('_', '-')}")
-    return frozenset(found)
+            found[option] = "give all of its values after one"
+        elif str in kinds:
+            found[option] = "it takes one"
+    return found
 
 
 def _missing(cls: Any, argv: Sequence[str], default: Any) -> list[str]:

@@ -257,6 +257,7 @@ class GatedFeedForward(nn.Module):
       activation: nonlinearity of the gate; jax.nn.silu makes it SwiGLU.
       kernel_init: initialiser of the three kernels.
       out_init: initialiser of the last one, if it is another.
+      dropout_rate: share of the hidden layer that is dropped in training.
     """
 
     width: int
@@ -264,10 +265,11 @@ class GatedFeedForward(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: jnp.dtype = jnp.float32
     out_init: nn.initializers.Initializer | None = None
+    dropout_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BLD: Array) -> Array:
-        """Maps [B, L, D] to [B, L, D]."""
+    def __call__(self, x_BLD: Array, *, row_B: Array | None = None, deterministic: bool = True) -> Array:
+        """Maps [B, L, D] to [B, L, D]; the others as in Dropout."""
         width = x_BLD.shape[-1]
         names = ("gate", "up")
         kernels = [
@@ -277,6 +279,7 @@ class GatedFeedForward(nn.Module):
         # One product instead of two, as in attention.
         both = sharding.constrain(linear(x_BLD, jnp.stack(kernels, axis=-2)), "batch", "length", "small", "mlp")
         hidden_BLF = self.activation(both[:, :, 0]) * both[:, :, 1]
+        hidden_BLF = Dropout(self.dropout_rate)(hidden_BLF, row_B=row_B, deterministic=deterministic)
         out_init = self.out_init or self.kernel_init
         return Linear((width,), kernel_init=out_init, dtype=self.dtype, use_bias=False, name="down")(hidden_BLF)
 

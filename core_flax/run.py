@@ -41,6 +41,7 @@ class Run(Generic[C]):
       content: fingerprint of what that folder holds.
       tokenizer: fingerprint of its tokenizer.
       facts: what else the family notes of a run, as JSON values.
+      averaged: how many checkpoints of another run this is the mean of; None: it is a run.
     """
 
     workdir: Path
@@ -50,6 +51,7 @@ class Run(Generic[C]):
     content: str
     tokenizer: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    averaged: int | None = None
 
     @classmethod
     def load(cls, workdir: str | Path, kinds: Mapping[str, type[C]], **facts: type | UnionType) -> "Run[C]":
@@ -64,7 +66,9 @@ class Run(Generic[C]):
           UserError: the folder holds none of these kinds of run, or it is damaged.
         """
         folder = storage.folder("--workdir", str(workdir))
-        stored = configs.load(folder / CONFIG, kinds, data=str, content=str, tokenizer=str, **facts)
+        stored = configs.load(
+            folder / CONFIG, kinds, data=str, content=str, tokenizer=str, averaged=int | None, **facts
+        )
         return cls(
             workdir=folder,
             kind=stored["kind"],
@@ -73,6 +77,7 @@ class Run(Generic[C]):
             content=stored["content"],
             tokenizer=stored["tokenizer"],
             facts={name: stored[name] for name in facts},
+            averaged=stored["averaged"],
         )
 
     def save(self, tokenizer_file: str, write_tokenizer: Callable[[Path], None]) -> None:
@@ -115,6 +120,11 @@ class Run(Generic[C]):
 
     def check_continued_by(self, new: "Run[C]", preset_name: str) -> None:
         """Raises UserError if ``new``, which is to go on in the same folder, is another run."""
+        if self.averaged is not None:
+            raise UserError(
+                f"{self.workdir} is the mean of {self.averaged} checkpoints, which is not trained on; give the "
+                "--workdir of their run"
+            )
         if self.kind != new.kind:
             raise UserError(f"{self.workdir} holds a run of {self.kind}, not of {new.kind}; give another --workdir")
         if self.tokenizer != new.tokenizer:

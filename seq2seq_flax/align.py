@@ -1,7 +1,7 @@
 """``seq2seq-flax align``: which words of a sentence each word of its translation looks at, as a heat map."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,8 +118,9 @@ def align(
     if layer is not None and layer > len(shares_NLM):
         raise UserError(f"--layer {layer}: the decoder has attention in {len(shares_NLM)} of its layers")
     shares_LM = shares_NLM.mean(0) if layer is None else shares_NLM[layer - 1]
+    marks = {tokenizer.eos_id, *tokenizer.languages.values()}
     (source_words, source_spans), (target_words, target_spans) = (
-        words_of(tokenizer.pieces(ids)) for ids in (source_ids, target_ids)
+        words_of(tokenizer, ids, marks) for ids in (source_ids, target_ids)
     )
     # A word is looked at as much as its pieces together, and looks as its pieces do on average.
     shares_LS = np.stack([shares_LM[:, span].sum(1) for span in source_spans], axis=1)
@@ -141,19 +142,21 @@ def _looked_at(model: Any, params: Any, source_BM: Array, target_BL: Array) -> A
     return model.apply({"params": params}, source_BM, target_BL, **sequences, mutable=LOOKED_AT)[1]
 
 
-def words_of(pieces: Sequence[str]) -> tuple[list[str], list[slice]]:
-    """(words, the pieces of each): a word begins where a piece says so, and with ``</s>`` and language pieces."""
+def words_of(tokenizer: Any, ids: Sequence[int], marks: Collection[int]) -> tuple[list[str], list[slice]]:
+    """(words, the pieces of each): a word begins where a piece says so, and with every mark (``</s>``, languages)."""
+    pieces = tokenizer.pieces(ids)
     starts = [
         place
         for place, piece in enumerate(pieces)
-        if place == 0 or piece.startswith(_WORD_BEGINS) or _is_mark(piece) or _is_mark(pieces[place - 1])
+        if place == 0 or piece.startswith(_WORD_BEGINS) or ids[place] in marks or ids[place - 1] in marks
     ]
     spans = [slice(start, end) for start, end in zip(starts, [*starts[1:], len(pieces)], strict=True)]
-    return ["".join(pieces[span]).replace(_WORD_BEGINS, " ").strip() or _WORD_BEGINS for span in spans], spans
 
+    def word(span: slice) -> str:
+        # Decoded, bytes are the letters that they spell; a mark, or a space alone, decodes to nothing.
+        return tokenizer.decode(ids[span]).strip() or "".join(pieces[span])
 
-def _is_mark(piece: str) -> bool:
-    return len(piece) > 2 and (piece[0], piece[-1]) in {("<", ">"), (">", "<")}
+    return [word(span) for span in spans], spans
 
 
 _PAGE = """<!doctype html>
@@ -198,6 +201,7 @@ def write_png(found: Alignment, path: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(found.shares_TS, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(found.source)), found.source, rotation=90)
-    axes.set_yticks(range(len(found.target)), found.target)
+    # Dollar signs are words like others.
+    axes.set_xticks(range(len(found.source)), found.source, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(found.target)), found.target, parse_math=False)
     figure.savefig(path, dpi=150, format="png")

@@ -88,6 +88,8 @@ class ModernConfig:
     """Share dropped from the embeddings and from the output of every sublayer."""
     attention_dropout: float = 0.0
     """Share dropped from attention probabilities."""
+    activation_dropout: float = 0.0
+    """Share dropped from the hidden layer of the feed-forward network."""
     norm_epsilon: float = 1e-5
     """Term added to the mean square in RMS normalisation."""
     remat: Remat = "elementwise"
@@ -102,7 +104,7 @@ class ModernConfig:
     def __post_init__(self) -> None:
         """Raises UserError on sizes that make no model."""
         check_range("model", self, "vocab_size", "num_layers", "width", "num_heads", "mlp_width", "unroll", least=1)
-        check_range("model", self, "dropout", "attention_dropout", least=0, below=1)
+        check_range("model", self, "dropout", "attention_dropout", "activation_dropout", least=0, below=1)
         check_range("model", self, "norm_epsilon", above=0)
         check_range("model", self, "rope_theta", above=1)
         if self.width % (2 * self.num_heads):

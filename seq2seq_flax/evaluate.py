@@ -24,10 +24,10 @@ from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import UserError
 from seq2seq_flax import numbers, pretrained
 from seq2seq_flax.pairs import Manifest
-from seq2seq_flax.parallel_text import ParallelText
+from seq2seq_flax.parallel_text import TABLES, ParallelText
 from seq2seq_flax.runs import held_out_of, load_run, open_data
 from seq2seq_flax.task import make_task
-from seq2seq_flax.translate import Translator
+from seq2seq_flax.translate import Line, Translator, check_greedy
 
 _MODEL = ("input", "output", "target_lang", "data", "step")
 _TRANSLATIONS = ("output", "target_lang", "tokenize", "lowercase")
@@ -69,8 +69,9 @@ class EvaluateCommand:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range, and on options that do not go together."""
-        check_range("", self, "beam_size", "batch_size", least=1)
+        check_range("", self, "beam_size", "batch_size", least=1, most=2**16)
         check_range("", self, "step", least=0)
+        check_greedy(self)
         if (self.workdir is None) == (self.hypotheses is None):
             raise UserError("give --workdir, to score a model, or --hypotheses, to score a file: one of them")
         if self.hypotheses is not None:
@@ -88,6 +89,10 @@ class EvaluateCommand:
                 raise UserError(f"--output {self.output} is to be read; give another file")
             if self.output.endswith(".gz"):
                 raise UserError(f"--output {self.output}: text is written as it is; give a name without .gz")
+            if self.output == "-" or Path(self.output).is_dir():
+                raise UserError(f"--output {self.output}: give the name of a file")
+        if (self.input, self.hypotheses, self.reference).count("-") > 1:
+            raise UserError("the standard input can be one of the texts; give files for the others")
 
     def _refuse(self, why: str, *names: str) -> None:
         """Raises UserError if one of these options has been given."""
@@ -166,10 +171,13 @@ def evaluate(command: EvaluateCommand) -> None:
         sources, references = _read(command.input, command.reference, may_be_empty=False)
     if command.output is not None and not Path(command.output).parent.is_dir():  # before there is anything to lose
         raise UserError(f"--output {command.output}: there is no folder {Path(command.output).parent}; make it first")
-    kind = kind_of(storage.folder("--workdir", command.workdir))
-    imported = kind == pretrained.KIND or (kind is None and bool(sources))  # a folder of Hugging Face's has no kind
+    folder = storage.folder("--workdir", command.workdir)
+    imported = kind_of(folder) == pretrained.KIND or pretrained.is_hugging_face(folder)
     if imported and command.data is not None:
         raise UserError(f"--data {command.data}: {command.workdir} is an imported model, whose tokens are others")
+    where = [(f"{command.input}:{number}", text) for number, text in enumerate(sources, start=1)]
+    translator = Translator.load(command.workdir, command.step) if sources else None
+    lines = _encoded(translator, where, command) if translator else []  # before anything is measured
     if not imported:
         run, tokenizer = load_run(command.workdir)
         print_held_out(run, tokenizer, command.data, command.step)
@@ -181,9 +189,8 @@ def evaluate(command: EvaluateCommand) -> None:
         raise UserError(
             f"{command.workdir} is an imported model, without pairs of its own: give --input and --reference"
         )
-    if sources:
-        where = [(f"{command.input}:{number}", text) for number, text in enumerate(sources, start=1)]
-        texts = translate_texts(Translator.load(command.workdir, command.step), where, command.search, command)
+    if translator:
+        texts = _translated(translator, lines, command)
         if command.output is not None:
             with replacing(Path(command.output)) as partial:
                 partial.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
@@ -192,11 +199,14 @@ def evaluate(command: EvaluateCommand) -> None:
 
 def _read(first: str, second: str, may_be_empty: bool) -> tuple[list[str], list[str]]:
     """The lines of two files that belong together."""
+    for name in (first, second):
+        if name.lower().endswith(TABLES):
+            raise UserError(f"{name} is a table; give two files of plain text, one for each of its columns")
     pairs = list(ParallelText((first, second)).read(lambda count: None))
-    for pair in pairs:
-        if not pair.target or not (pair.source or may_be_empty):
-            side = "its translation" if pair.source else "the line"
-            raise UserError(f"{pair.where}: {side} is empty; mend the files, or leave such pairs out of both")
+    for number, pair in enumerate(pairs, start=1):
+        empty = first if not pair.source and not may_be_empty else None if pair.target else second
+        if empty is not None:
+            raise UserError(f"{empty}:{number}: the line is empty; mend the files, or leave such pairs out of both")
     return [pair.source for pair in pairs], [pair.target for pair in pairs]
 
 
@@ -207,22 +217,24 @@ def _print_score(found: Score) -> None:
     print(f"  signature {found.chrf_signature}")
 
 
-def translate_texts(
-    translator: Translator, texts: Sequence[tuple[str, str]], search: BeamSearch, options: EvaluateCommand
-) -> list[str]:
-    """The best translation of each text, given with where it is from, under a progress bar.
+def _encoded(translator: Translator, texts: Sequence[tuple[str, str]], command: EvaluateCommand) -> list[Line]:
+    """Texts, each with where it is from, as tokens.
 
     Raises:
       UserError: the model does not translate into this language, or must be told into which; a text is too long.
     """
-    lines = translator.encode(texts, translator.language_prefix(options.target_lang), options.long)
+    return translator.encode(texts, translator.language_prefix(command.target_lang), command.long)
+
+
+def _translated(translator: Translator, lines: Sequence[Line], command: EvaluateCommand) -> list[str]:
+    """The best translation of each line, under a progress bar."""
     in_pieces = sum(len(line.pieces) > 1 for line in lines)
     if in_pieces:
         print(f"{in_pieces:,} lines were longer than the model takes: translated in pieces")
     with tqdm(
         total=sum(len(line.pieces) for line in lines), desc="translating", unit=" sentences", disable=None
     ) as bar:
-        found = translator.translate(lines, search, options.batch_size, done=bar.update)
+        found = translator.translate(lines, command.search, command.batch_size, done=bar.update)
     return [best.text for best, *_ in found]
 
 
@@ -258,7 +270,7 @@ def print_numbers(run: Run[Any], options: EvaluateCommand) -> None:
     sources, references = _read(*map(str, files), may_be_empty=False)
     translator = Translator.load(str(run.workdir), options.step)
     where = [(f"{files[0]}:{number}", text) for number, text in enumerate(sources, start=1)]
-    texts = translate_texts(translator, where, options.search, options)
+    texts = _translated(translator, _encoded(translator, where, options), options)
     right = sum(text == reference for text, reference in zip(texts, references, strict=True))
     how = "greedy" if options.beam_size == 1 else f"beam {options.beam_size}"
     print(f"exact match, {how}: {right / len(texts):.1%} of {len(texts)} numbers that were not trained on")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from core_flax.text.sentencepiece_model import SentencePiece
@@ -75,6 +76,7 @@ NORM_EPSILON = 1e-5
 POSITIONS = tuple(f"{side}embed_positions.weight" for side in (ENCODER, DECODER))
 MAX_PADDING = 127
 """Rows of the embedding that may lie beyond the vocabulary; more tell of a vocabulary of another model."""
+LEAST_LENGTH = 8
 MAX_LENGTH = 1024
 """Rows of the position table that transformers is told to make for a model of ours, which needs none."""
 
@@ -88,7 +90,7 @@ class Pretrained:
       params: its parameters.
       tokenizer: Marian's of a model that was taken in, SentencePiece's of a run of ours.
       report: what came of reading it.
-      max_length: tokens of a sentence that transformers can take; ours has no such limit.
+      max_length: tokens of a sentence that the model is to take.
     """
 
     config: Any
@@ -125,8 +127,7 @@ def load_pretrained(folder: str | Path) -> Pretrained:
         check_array(folder, name, arrays[name], shape)
     unused = tuple(sorted(arrays.keys() - named.keys() - repeated - {BIAS, *POSITIONS}))
     report = Report(weights.files, (), unused, (*weights.converted, *notes))
-    max_length = stored.get("max_position_embeddings", MAX_LENGTH)
-    return Pretrained(config, params_from(arrays, config), tokenizer, report, max_length)
+    return Pretrained(config, params_from(arrays, config), tokenizer, report, _read_length(folder, stored))
 
 
 def save_pretrained(
@@ -144,15 +145,33 @@ def save_pretrained(
     check_exportable(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = MarianVocabulary.of(tokenizer) if isinstance(tokenizer, SentencePiece) else tokenizer
+    if isinstance(tokenizer, SentencePiece):
+        vocabulary = MarianVocabulary.of(tokenizer)
+        # Rows beyond it stand for nothing: here they are never generated, and there they would be.
+        params, config = _cut_tables(params, tokenizer.num_tokens), _with_size(config, tokenizer.num_tokens)
+    else:
+        vocabulary = tokenizer
     write_safetensors(folder / SAFETENSORS, arrays_from(params, config))
     vocabulary.save(folder)
     for name, content in (
-        (CONFIG, _their_config(config, vocabulary, max_length)),
-        (GENERATION, _their_generation(vocabulary, max_length)),
+        (CONFIG, _their_config(config, vocabulary, max(MAX_LENGTH, max_length))),
+        (GENERATION, _their_generation(vocabulary, config.vocab_size, max(MAX_LENGTH, max_length))),
         (SETTINGS, _their_tokenizer(vocabulary, max_length)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _cut_tables(params: Params, num_tokens: int) -> Params:
+    """The parameters with so many rows in every table, and in the bias of the scores."""
+
+    def cut(path: tuple[Any, ...], x: Any) -> Any:
+        return x[:num_tokens] if path[-1].key in ("embedding", "output_bias") else x
+
+    return jax.tree_util.tree_map_with_path(cut, params)
+
+
+def _with_size(config: TransformerConfig, num_tokens: int) -> TransformerConfig:
+    return dataclasses.replace(config, vocab_size=num_tokens)
 
 
 def check_exportable(config: Any) -> None:
@@ -183,7 +202,7 @@ def _read_config(path: Path, stored: Mapping[str, Any]) -> TransformerConfig:
                 f"{path}: {of_decoder} is {found!r} and {of_encoder} {expected!r}; in this model the two are one"
             )
     activation = stored.get("activation_function", DEFAULTS.activation)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(f"{path}: activation_function is {activation!r}; this model has {', '.join(ACTIVATIONS)}")
     names = ("share_encoder_decoder_embeddings", "tie_word_embeddings")
     tying = tuple(stored.get(name, True) for name in names)
@@ -191,6 +210,19 @@ def _read_config(path: Path, stored: Mapping[str, Any]) -> TransformerConfig:
         raise UserError(f"{path}: {names[0]} is {tying[0]!r} and {names[1]} {tying[1]!r}; this model cannot be both")
     defaults = dataclasses.replace(DEFAULTS, activation=ACTIVATIONS[activation], tied_embeddings=TYING[tying])
     return config_from(path, stored, FIELDS, defaults)
+
+
+def _read_length(folder: Path, stored: Mapping[str, Any]) -> int:
+    """The tokens that a sentence may have: as many as there are positions, or fewer if the tokenizer says so."""
+    positions = stored.get("max_position_embeddings", MAX_LENGTH)
+    if type(positions) is not int or positions < LEAST_LENGTH:
+        raise UserError(
+            f"{folder / CONFIG}: max_position_embeddings is {positions!r}; it must be a whole number, {LEAST_LENGTH} "
+            "or more"
+        )
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    told = settings.get("model_max_length")  # where nobody has said, it is a huge number, or none
+    return min(positions, told) if type(told) is int and told >= LEAST_LENGTH else positions
 
 
 def _read_vocabulary(folder: Path, stored: Mapping[str, Any], num_rows: int) -> tuple[MarianVocabulary, list[str]]:
@@ -268,12 +300,13 @@ def _their_config(config: TransformerConfig, vocabulary: MarianVocabulary, max_l
     return stored
 
 
-def _their_generation(vocabulary: MarianVocabulary, max_length: int) -> dict[str, Any]:
+def _their_generation(vocabulary: MarianVocabulary, num_rows: int, max_length: int) -> dict[str, Any]:
+    never = [vocabulary.bos_id, *vocabulary.languages.values(), *range(vocabulary.num_tokens, num_rows)]
     return {
         "eos_token_id": vocabulary.eos_id,
         "pad_token_id": vocabulary.bos_id,
         "decoder_start_token_id": vocabulary.bos_id,
-        "bad_words_ids": [[vocabulary.bos_id]],
+        "bad_words_ids": [[number] for number in never if number != vocabulary.eos_id],
         "max_length": max_length,
     }
 

@@ -46,6 +46,10 @@ def _self_attention(config: ModernConfig, dtype: jnp.dtype) -> SelfAttention:
     )
 
 
+def _feed_forward(config: ModernConfig, dtype: jnp.dtype) -> GatedFeedForward:
+    return GatedFeedForward(config.mlp_width, jax.nn.silu, KERNEL_INIT, dtype, dropout_rate=config.activation_dropout)
+
+
 def _turned(turn: Rotation) -> Callable[[Array], Array]:
     return lambda heads: rotate(heads, turn)
 
@@ -60,7 +64,7 @@ class EncoderBlock(nn.Module):
         """Creates the submodules."""
         config, norm = self.config, partial(RMSNorm, epsilon=self.config.norm_epsilon, dtype=self.dtype)
         self.attention, self.attention_norm = _self_attention(config, self.dtype), norm()
-        self.mlp, self.mlp_norm = GatedFeedForward(config.mlp_width, jax.nn.silu, KERNEL_INIT, self.dtype), norm()
+        self.mlp, self.mlp_norm = _feed_forward(config, self.dtype), norm()
         self.dropouts = [Dropout(config.dropout) for _ in range(2)]
 
     def __call__(
@@ -70,7 +74,7 @@ class EncoderBlock(nn.Module):
         (mask, turn), drawn = given, Drawn(row_B=row_B, deterministic=deterministic)
         mixed_BLD, _ = self.attention(self.attention_norm(x_BLD), mask, prepare=_turned(turn), **drawn)
         x_BLD = materialised(x_BLD + self.dropouts[0](mixed_BLD, **drawn))
-        x_BLD = materialised(x_BLD + self.dropouts[1](self.mlp(self.mlp_norm(x_BLD)), **drawn))
+        x_BLD = materialised(x_BLD + self.dropouts[1](self.mlp(self.mlp_norm(x_BLD), **drawn), **drawn))
         return sharding.constrain(x_BLD, "batch", "sequence", "width"), None
 
 
@@ -88,7 +92,7 @@ class DecoderBlock(nn.Module):
             config.width, config.num_heads, config.attention_dropout, KERNEL_INIT, self.dtype, use_bias=False
         )
         self.cross_attention_norm = norm()
-        self.mlp, self.mlp_norm = GatedFeedForward(config.mlp_width, jax.nn.silu, KERNEL_INIT, self.dtype), norm()
+        self.mlp, self.mlp_norm = _feed_forward(config, self.dtype), norm()
         self.dropouts = [Dropout(config.dropout) for _ in range(3)]
 
     def __call__(
@@ -127,7 +131,7 @@ class DecoderBlock(nn.Module):
         x_BLD = materialised(x_BLD + self.dropouts[0](mixed_BLD, **drawn))
         mixed_BLD = self.cross_attention(self.cross_attention_norm(x_BLD), keys_values, mask, **drawn)
         x_BLD = materialised(x_BLD + self.dropouts[1](mixed_BLD, **drawn))
-        x_BLD = materialised(x_BLD + self.dropouts[2](self.mlp(self.mlp_norm(x_BLD)), **drawn))
+        x_BLD = materialised(x_BLD + self.dropouts[2](self.mlp(self.mlp_norm(x_BLD), **drawn), **drawn))
         return x_BLD, cache
 
 

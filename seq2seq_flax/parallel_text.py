@@ -10,7 +10,7 @@ from core_flax.data.corpora import Progress
 from core_flax.types import UserError
 
 _TFDS = "tfds:"
-_TABLES = (".tsv", ".tsv.gz")
+TABLES = (".tsv", ".tsv.gz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ParallelText:
 
     def __post_init__(self) -> None:
         """Raises UserError if the names do not give two sides."""
-        if len(self.names) == 1 and (self.names[0].startswith(_TFDS) or self.names[0].lower().endswith(_TABLES)):
+        if len(self.names) == 1 and (self.names[0].startswith(_TFDS) or self.names[0].lower().endswith(TABLES)):
             return
         if len(self.names) != 2:
             raise UserError(
@@ -52,7 +52,7 @@ class ParallelText:
                 "(FILE.tsv or FILE.tsv.gz) or from tfds:NAME[/CONFIG][:SPLIT]"
             )
         for name in self.names:
-            if name.startswith(_TFDS) or name.lower().endswith(_TABLES):
+            if name.startswith(_TFDS) or name.lower().endswith(TABLES):
                 raise UserError(f"{name} has both sides of its pairs: give it alone, without another file")
 
     @property
@@ -127,9 +127,9 @@ class ParallelText:
             )
 
 
-def parse_direction(name: str) -> tuple[str, str]:
+def parse_direction(name: str, option: str = "--pair") -> tuple[str, str]:
     """("en", "de") of "en-de". Raises UserError if it names no two languages."""
     source, _, target = name.partition("-")
     if not source or not target or source == target or "-" in target:
-        raise UserError(f"--pair {name}: write SOURCE-TARGET with the two languages, such as en-de, then the files")
+        raise UserError(f"{option} {name}: write SOURCE-TARGET with the two languages, such as en-de, then the files")
     return source, target

@@ -151,12 +151,13 @@ def _inputs(config: PrepareConfig) -> _Inputs:
     """Refuses inputs that cannot be, before anything is read at length."""
     texts: dict[str, list[ParallelText]] = {}
     for split, plain, named in (("train", config.train, config.pair), ("valid", config.valid, config.valid_pair)):
+        option = "pair" if split == "train" else "valid-pair"
         if plain and named:
-            raise UserError(f"give --{split} or --{'pair' if split == 'train' else 'valid-pair'}, not both")
+            raise UserError(f"give --{split} or --{option}, not both")
         texts[split] = [ParallelText(plain)] if plain else []
         for words in named:
             direction, *names = words or ("",)
-            texts[split].append(ParallelText(tuple(names), *parse_direction(direction)))
+            texts[split].append(ParallelText(tuple(names), *parse_direction(direction, f"--{option}")))
     if not texts["train"]:
         raise UserError("nothing to prepare; give --train SRC TGT, or --pair SOURCE-TARGET SRC TGT")
     inputs = _Inputs(texts, config.both_directions)
@@ -318,7 +319,8 @@ class _Filter:
             return f"lengths more than {config.max_ratio:g} : 1"
         if self._strict and config.deduplicate:
             # Names and numbers are the same in many languages, and are to be learned in each.
-            content = f"{text.source}\t{text.target}\t{pair.source}\t{pair.target}"
+            sides = [f"{text.source}\t{pair.source}", f"{text.target}\t{pair.target}"]
+            content = "\t".join(sorted(sides) if config.both_directions else sides)
             digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
             if digest in self._seen:
                 return "seen before"

@@ -17,7 +17,7 @@ from core_flax.params import count
 from core_flax.run import CHECKPOINTS, CONFIG, kind_of, new_folder
 from core_flax.state import TrainState
 from core_flax.types import Params, UserError
-from core_flax.weight_files import Report
+from core_flax.weight_files import Report, read_json
 from seq2seq_flax.config import TransformerConfig
 from seq2seq_flax.huggingface import Pretrained, check_exportable, load_pretrained, save_pretrained
 from seq2seq_flax.huggingface_vocabulary import VOCAB, MarianVocabulary
@@ -90,6 +90,11 @@ def save_imported(folder: Path, pretrained: Pretrained) -> None:
     configs.save(folder / CONFIG, KIND, pretrained.config, **about)
 
 
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder is one of theirs: its config.json says what type of model it holds, and not what kind of run."""
+    return (folder / CONFIG).is_file() and kind_of(folder) is None and "model_type" in read_json(folder / CONFIG)
+
+
 def _load_imported(folder: Path, step: int | None) -> Pretrained:
     path = folder / CONFIG
     stored = configs.load(path, KIND, tokenizer=str, start=int, max_length=int)
@@ -104,7 +109,8 @@ def _load_imported(folder: Path, step: int | None) -> Pretrained:
 def _load_run(folder: Path, step: int | None) -> Pretrained:
     run, tokenizer = load_run(folder)
     params, report = _read_checkpoint(folder, step)
-    return Pretrained(run.config.model, params, tokenizer, report)
+    # Training has seen no sentence that does not fit a row.
+    return Pretrained(run.config.model, params, tokenizer, report, run.config.inputs.row_length)
 
 
 def _read_checkpoint(folder: Path, step: int | None) -> tuple[Params, Report]:

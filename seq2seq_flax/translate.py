@@ -1,6 +1,8 @@
 """``seq2seq-flax translate``: texts from a file or a pipe, translated line by line and put out in their order."""
 
+import contextlib
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,8 @@ from seq2seq_flax.runs import KINDS, load_run
 from seq2seq_flax.translator import Draws, Hypothesis, translate
 
 _STANDARD_INPUT = "standard input"
+_LINE_ENDS = re.compile(r"[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]+")
+"""What ends a line or a column to some program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class TranslateCommand:
 
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range, and on options that do not go together."""
-        check_range("", self, "batch_size", "n_best", least=1)
+        check_range("", self, "batch_size", "n_best", least=1, most=2**16)
         check_range("", self, "step", least=0)
         check_range("", self, "seed", least=0, below=2**31)
         searching, drawing = ("beam_size", "length_penalty"), ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -83,6 +87,9 @@ class TranslateCommand:
                 raise UserError(f"--{name.replace('_', '-')} {without} --sample")
         if self.sample and not self.temperature and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise UserError("--temperature 0 takes the most probable token; leave out --top-k, --top-p and --min-p")
+        if self.sample and not self.temperature and self.n_best > 1:
+            raise UserError("--temperature 0 has one translation of a line; leave out --n-best")
+        check_greedy(self)
         if self.output.endswith(".gz"):
             raise UserError(f"--output {self.output}: text is written as it is; give a name without .gz")
         if self.input != "-" and Path(self.input).resolve() == Path(self.output).resolve():
@@ -95,6 +102,12 @@ class TranslateCommand:
         if self.sample:
             return Draws(Sampling(self.temperature, self.top_k, self.top_p, self.min_p), self.seed, self.n_best)
         return BeamSearch(self.beam_size, self.length_penalty, n_best=self.n_best)
+
+
+def check_greedy(command: Any) -> None:
+    """Raises UserError if a search without alternatives is told how to compare them."""
+    if command.beam_size == 1 and command.length_penalty != BeamSearch.length_penalty:
+        raise UserError("--beam-size 1 has nothing to choose from by --length-penalty; leave that out")
 
 
 @dataclass(frozen=True)
@@ -235,12 +248,17 @@ class Translator:
             return [Candidate("", 0.0, True)]
         return [
             Candidate(
-                " ".join(self.tokenizer.decode(each.tokens) for each in ranked),
+                " ".join(filter(None, (_in_one_line(self.tokenizer.decode(each.tokens)) for each in ranked))),
                 sum(each.score for each in ranked),
                 all(each.is_complete for each in ranked),
             )
             for ranked in zip(*pieces, strict=False)
         ]
+
+
+def _in_one_line(text: str) -> str:
+    """A vocabulary with all bytes can spell ends of lines and tabs, which would shift what stands behind them."""
+    return _LINE_ENDS.sub(" ", text).strip()
 
 
 def pieces_of(text: str, fits: Callable[[str], bool]) -> list[str]:
@@ -274,7 +292,7 @@ def run(command: TranslateCommand) -> None:
       UserError: the folder, the file or a line of it cannot be used.
     """
     if command.input != "-":
-        corpora.stored_bytes([command.input])  # before a model is loaded
+        corpora.existing(command.input)  # before a model is loaded
     elif sys.stdin is None:
         raise UserError("standard input is closed; give a file as --input")
     translator = Translator.load(command.workdir, command.step)
@@ -321,7 +339,13 @@ def _translate(command: TranslateCommand, translator: Translator, prefix: tuple[
     counts, number = _Counts(), 0
     portions = _waiting_lines() if command.input == "-" else [_file_lines(command.input)]
     for texts in portions:
-        lines = translator.encode(texts, prefix, command.long)
+        refusal = None
+        try:
+            lines = translator.encode(texts, prefix, command.long)
+        except UserError as error:
+            if command.input != "-":
+                raise
+            lines, refusal = _as_far_as_it_goes(translator, texts, prefix, command.long), error
         for line in lines:
             if len(line.pieces) > 1:
                 counts.in_pieces += 1
@@ -336,7 +360,20 @@ def _translate(command: TranslateCommand, translator: Translator, prefix: tuple[
             output.write(_shown(candidates, counts.lines, command.n_best))
         output.flush()
         number += total
+        if refusal is not None:
+            raise refusal
     return counts
+
+
+def _as_far_as_it_goes(
+    translator: Translator, texts: Sequence[tuple[str, str]], prefix: tuple[int, ...], long: str
+) -> list[Line]:
+    """The lines before the first that is refused: of a pipe they are answered, however many came with it."""
+    lines: list[Line] = []
+    with contextlib.suppress(UserError):
+        for text in texts:
+            lines += translator.encode([text], prefix, long)
+    return lines
 
 
 def _shown(candidates: list[Candidate], number: int, n_best: int) -> str:
@@ -355,12 +392,16 @@ def _waiting_lines() -> Iterator[list[tuple[str, str]]]:
     number, rest, stream = 0, b"", cast(io.BufferedReader, sys.stdin.buffer)
     while chunk := stream.read1(1 << 16):
         *whole, rest = (rest + chunk).split(b"\n")
-        if whole:
-            yield [
-                (f"{_STANDARD_INPUT}:{number + place}", _decoded(raw, number + place))
-                for place, raw in enumerate(whole, 1)
-            ]
-            number += len(whole)
+        lines: list[tuple[str, str]] = []
+        for raw in whole:
+            number += 1
+            try:
+                lines.append((f"{_STANDARD_INPUT}:{number}", _decoded(raw, number)))
+            except UserError:
+                yield lines
+                raise
+        if lines:
+            yield lines
     if rest:
         yield [(f"{_STANDARD_INPUT}:{number + 1}", _decoded(rest, number + 1))]
 

@@ -91,6 +91,7 @@ def translate(
     num_rows = _rows_for(min(batch_size, max(len(sources), 1)), batch_size, ways)
     allowed_V = np.ones(model.config.vocab_size, bool)
     allowed_V[[bos_id, *banned]] = False
+    allowed_V[eos_id] = True  # in some folders of Hugging Face's a translation begins with what ends it
     order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
     found: dict[int, list[Hypothesis]] = {}
     pending: list[tuple[list[int], Hypotheses]] = []

@@ -112,7 +112,7 @@ def identify(name: str) -> dict[str, str | int]:
         return {"input": name, "sha256": digest}
     if name.startswith(_TFDS):
         return {"input": name, **tfds_text.identify(name.removeprefix(_TFDS))}
-    status = _existing(name).stat()
+    status = existing(name).stat()
     return {"input": str(Path(name).resolve()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
 
@@ -255,7 +255,7 @@ def _open(name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     if name == STDIN:
         yield sys.stdin.buffer, sys.stdin.buffer
         return
-    path = _existing(name)
+    path = existing(name)
     try:
         with path.open("rb") as stored:
             if path.suffix.lower() == ".gz":
@@ -269,7 +269,8 @@ def _open(name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from error
 
 
-def _existing(name: str) -> Path:
+def existing(name: str) -> Path:
+    """The path of an input. Raises UserError if there is none, or a folder."""
     path = Path(name)
     if not path.exists():
         raise UserError(f"input {name} does not exist")
@@ -283,7 +284,7 @@ def _size(name: str) -> int | None:
         return sum(len(text.encode()) for _, text in _python_docs())
     if name.startswith(_TFDS):
         return None
-    if not (path := _existing(name)).is_file():
+    if not (path := existing(name)).is_file():
         raise UserError(f"input {name} is no file but a pipe or a device, and is read more than once; copy it to one")
     return path.stat().st_size
 

@@ -28,6 +28,12 @@ def test_a_language_model_learns_to_count(capsys):
     assert rows == [[6, 7, 8, 9, 10, 11, 0, 1], [10, 11, 0, 1, 2, 3, 4, 5]]
 
 
+def test_a_translation_model_learns_to_write_backwards(capsys):
+    runpy.run_path(str(EXAMPLES / "reuse_translation.py"))
+    rows = [[int(each) for each in re.findall(r"\d+", line)] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [[7, 6, 5, 4, 3, 2, 0, 0], [5, 3, 12, 9, 12, 2, 0, 0]]
+
+
 def test_nnx():
     class Classifier(nnx.Module):
         def __init__(self, config, tokens, rngs):

@@ -127,7 +127,7 @@ def test_streams_equal_the_whole_text_read_at_once():
 
 
 def test_a_text_shorter_than_its_streams_is_refused():
-    with pytest.raises(UserError, match="a text of 3 tokens, .* is too short for 4 streams"):
+    with pytest.raises(UserError, match=r"a text of 3 tokens, .* is too short for 4 streams"):
         Streams(np.arange(3), 0, None, num_rows=4, length=5)
 
 

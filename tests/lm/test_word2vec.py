@@ -202,7 +202,7 @@ def test_a_run_is_the_same_whatever_the_microbatches_and_the_mesh():
 
 
 def test_text_and_settings_that_make_no_batch():
-    with pytest.raises(UserError, match="a text of 9 tokens, .* is shorter than a row of 16"):
+    with pytest.raises(UserError, match=r"a text of 9 tokens, .* is shorter than a row of 16"):
         batches(text=TEXT[:9], ends=np.array([9]))
     with pytest.raises(UserError, match=r"--inputs\.window 0"):
         WindowsConfig(window=0)

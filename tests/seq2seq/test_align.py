@@ -131,9 +131,18 @@ def test_words_are_their_pieces_together(translator):
 
 
 def test_words_begin_where_pieces_say():
-    words, spans = align.words_of(["<2de>", "▁ein", "▁Sa", "tz", ".", "</s>"])
-    assert words == ["<2de>", "ein", "Satz.", "</s>"]
-    assert spans == [slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 6)]
+    """And with what is no text; bytes are shown as the letters they spell, unknown ones keep their word together."""
+
+    class Tokenizer:
+        def pieces(self, ids):
+            return [["<2de>", "▁ein", "▁Sa", "<0xC3>", "<0xA4>", "<unk>", "</s>", "▁<b>"][number] for number in ids]
+
+        def decode(self, ids):
+            return {(1,): "ein", (2, 3, 4, 5): "Saä ⁇", (7,): "<b>"}.get(tuple(ids), "")
+
+    words, spans = align.words_of(Tokenizer(), [0, 1, 2, 3, 4, 5, 7, 6], {0, 6})
+    assert words == ["<2de>", "ein", "Saä ⁇", "<b>", "</s>"]
+    assert spans == [slice(0, 1), slice(1, 2), slice(2, 6), slice(6, 7), slice(7, 8)]
 
 
 FOUND = align.Alignment(["a<b>", "</s>"], ["x&y", "</s>"], np.array([[0.75, 0.25], [0.1, 0.9]]))

@@ -127,6 +127,13 @@ def test_the_same_words_in_another_language_were_not_seen_before(tmp_path):
     assert [direction for _, _, direction in stored(tmp_path / "out")] == [["en", "de"]] * 60 + [["en", "fr"]] * 60
 
 
+def test_a_pair_the_other_way_round_was_seen_before_where_both_are_used(tmp_path):
+    source, target = write_files(tmp_path)
+    pairs = (("en-de", source, target), ("de-en", target, source))
+    manifest = prepare(configure(tmp_path, pair=pairs, deduplicate=True, both_directions=True))
+    assert manifest.splits["train"].pairs == 120 and manifest.splits["train"].dropped == {"seen before": 120}
+
+
 def test_run_again_does_nothing_and_other_settings_are_refused(tmp_path, monkeypatch):
     config = configure(tmp_path, train=tuple(write_files(tmp_path)))
     manifest, before = prepare(config), contents(tmp_path / "out")

@@ -24,7 +24,14 @@ from seq2seq_flax.runs import KINDS
 from seq2seq_flax.task import make_task
 
 _ALL = {"vocab_size": 96, "num_layers": 3, "width": 64, "tied_embeddings": "target", "dropout": 0.4}
-_TRANSFORMER = {"num_heads": 2, "mlp_width": 48, "attention_dropout": 0.2, "norm_epsilon": 1e-3, "remat": "block"}
+_TRANSFORMER = {
+    "num_heads": 2,
+    "mlp_width": 48,
+    "attention_dropout": 0.2,
+    "activation_dropout": 0.2,
+    "norm_epsilon": 1e-3,
+    "remat": "block",
+}
 _RECURRENT = {"init_limit": 0.3, "forget_bias": 2.0}
 TURNS = {
     TransformerConfig: {
@@ -34,7 +41,6 @@ TURNS = {
         "scale_embeddings": False,
         "activation": "gelu",
         "output_bias": True,
-        "activation_dropout": 0.2,
     },
     ModernConfig: {**_ALL, **_TRANSFORMER, "unroll": 1, "rope_theta": 500.0},
     LSTMSeq2SeqConfig: {**_ALL, **_RECURRENT, "reading": "both"},

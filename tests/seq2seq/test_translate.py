@@ -203,6 +203,26 @@ def test_tokens_that_stand_for_no_text_never_come(translator):
     assert not tokens(banned=never) & set(never)
 
 
+def test_a_translation_is_one_line(translator, monkeypatch):
+    """Of a vocabulary with all bytes it could hold ends of lines, and the tabs that stand between columns."""
+    monkeypatch.setattr(type(translator.tokenizer), "decode", lambda self, ids: "\t one\n\r two\u2028three\u00a0\n")
+    (best, *_) = by_itself(translator, "road", BeamSearch(1))
+    assert best.text == "one  two three"
+
+
+def test_what_ends_a_translation_may_also_begin_it(translator):
+    ends = {"bos_id": translator.tokenizer.eos_id, "eos_id": translator.tokenizer.eos_id}
+    output = translator.params["embeddings_output"]["embedding"]
+    found = []
+    for sign in (1.0, -1.0):  # whichever it is that makes the end the best token, always
+        params = translator.params | {"embeddings_output": {"embedding": output.at[ends["eos_id"]].multiply(99 * sign)}}
+        ((best,),) = translator_of_tokens(
+            translator.model, params, [[5, 9, 7, 2]], **ends, search=BeamSearch(1), mesh=translator.mesh
+        )
+        found.append(best)
+    assert any(each.is_complete and not each.tokens for each in found)
+
+
 LONG = "river farmer. The song is long. A market letter of the winter! Engine village; doctor bridge"
 
 
@@ -237,9 +257,13 @@ def test_pieces_end_where_sentences_do():
 def test_text_that_is_not_utf8(call, tmp_path, piped):
     raw, path = b"road\n\xe4hnlich\n", tmp_path / "latin.txt"
     path.write_bytes(raw)
-    status, _, err = call("translate", **({"piped": raw} if piped else {"input": path}))
+    status, out, err = call("translate", **({"piped": raw} if piped else {"input": path}))
     where = "standard input:2" if piped else f"{path}:2"
     assert status == 2 and f"{where} is not UTF-8: byte 0xe4" in err
+    assert out.count("\n") == (1 if piped else 0)  # what came before it in the pipe is answered
+    if piped:
+        status, out, err = call("translate", piped=f"road\n{LONG}\nsong\n".encode())
+        assert (status, out.count("\n")) == (2, 1) and "standard input:2 has " in err
 
 
 @pytest.mark.parametrize(
@@ -251,6 +275,8 @@ def test_text_that_is_not_utf8(call, tmp_path, piped):
         ({"n_best": 5}, "--n-best 5 is more than --beam-size 4"),
         ({"output": "out.gz"}, "--output out.gz: text is written as it is"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"beam_size": 3_000_000_000}, "--beam-size 3000000000: must be 1 or more and at most 65536"),
+        ({"beam_size": 1, "length_penalty": 3}, "--beam-size 1 has nothing to choose from by --length-penalty"),
         ({"length_penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"step": 3}, "step 3"),
         ({"workdir": "nowhere"}, "nowhere"),
@@ -267,6 +293,8 @@ def test_searching_options_do_not_go_with_drawing():
         TranslateCommand(workdir="run", sample=True, beam_size=2)
     with pytest.raises(UserError, match="--temperature 0 takes the most probable token; leave out --top-k"):
         TranslateCommand(workdir="run", sample=True, temperature=0.0, top_k=2)
+    with pytest.raises(UserError, match="--temperature 0 has one translation of a line; leave out --n-best"):
+        TranslateCommand(workdir="run", sample=True, temperature=0.0, n_best=2)
 
 
 def test_sources_have_few_lengths():
