@@ -4,7 +4,8 @@
 
 Text, sizes, rows and steps are those of speedrun_quality.py's run of gpt_speedrun, which is the first run here too and
 is not repeated if the workdir holds it. In every other run one piece gives way to what GPT-2 or Llama has in its place.
-It can be started again. Writes docs/results/gpt_speedrun_pieces.md and .json.
+--again repeats some with another seed, and gpt_speedrun itself. It can be started again. Writes
+docs/results/gpt_speedrun_pieces.md and .json.
 """
 
 import argparse
@@ -99,29 +100,36 @@ def main() -> None:
     """Train all, print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_sizes(parser)
+    parser.add_argument("--again", nargs="*", default=[], help="pieces to try with the seed after, such as gelu")
     options = parser.parse_args()
     steps, runs = round(SHARE * options.steps), []
-    for name, each in variants(options.width, steps).items():
+    tried = variants(options.width, steps)
+    again = ["", *(f"-{name}" for name in options.again)] if options.again else []
+    if unknown := [name for name in again if name not in tried]:
+        parser.error(f"--again {unknown[0].removeprefix('-')}: the pieces are {' '.join(tried).replace(' -', ' ')}")
+    for number, name in [*((0, name) for name in tried), *((1, name) for name in again)]:
+        each, seed = tried[name], options.seed + number
         program = [str(HERE), AS, name] if each.change else LM_FLAX
-        run = train(options, "gpt_speedrun", each.rate, steps, program, name, **each.settings)
+        settings = each.settings | ({"seed": seed} if number else {})
+        run = train(options, "gpt_speedrun", each.rate, steps, program, name + "-again" * number, **settings)
         del run["parameters"]  # counted without the change
-        runs.append({"about": each.about, **run})
+        runs.append({"about": each.about, "seed": seed, **run})
         print(f"  held-out loss {run['held_out_loss']:.4f}", flush=True)
-    report = {"what": "held-out loss, nats a token", **contest.origin(), "seed": options.seed, "runs": runs}
+    report = {"what": "held-out loss, nats a token", **contest.origin(), "runs": runs}
     contest.write(report, options.output / "gpt_speedrun_pieces.json")
-    whole = runs[0]["held_out_loss"]
+    whole = {run["seed"]: run["held_out_loss"] for run in reversed(runs) if run["about"] == tried[""].about}
     rows = [
-        f"| {run['about']} | {run['learning_rate']:g} | {run['held_out_loss']:.4f} | "
-        f"{run['held_out_loss'] - whole:+.4f} |"
+        f"| {run['about']} | {run['learning_rate']:g} | {run['seed']} | {run['held_out_loss']:.4f} | "
+        f"{run['held_out_loss'] - whole[run['seed']]:+.4f} |"
         for run in runs
     ]
-    head = ["| run | learning rate | held-out loss, nats a token | more than gpt_speedrun |"]
-    table = "\n".join([*head, "|---|---|---|---|", *rows])
+    head = ["| run | learning rate | seed | held-out loss, nats a token | more than gpt_speedrun |"]
+    table = "\n".join([*head, "|---|---|---|---|---|", *rows])
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     text = (
         f"# gpt_speedrun, a piece replaced at a time\n\n{options.layers} layers, {options.width} wide, rows of "
-        f"{options.length} tokens, {runs[0]['tokens']:,} tokens in {steps} steps, one seed ({options.seed}): small "
-        f"differences are chance.\n\n{table}\n\nLosses are those at the end of each run, over all of the held-out "
+        f"{options.length} tokens, {runs[0]['tokens']:,} tokens in {steps} steps: small differences are "
+        f"chance.\n\n{table}\n\nLosses are those at the end of each run, over all of the held-out "
         f"text.\n\n`{report['command']}`, commit {report['commit'][:7]}, {versions}, "
         f"{contest.machine(report['hardware'])}, {report['date'][:10]}. Curves and settings: "
         "[gpt_speedrun_pieces.json](gpt_speedrun_pieces.json).\n"

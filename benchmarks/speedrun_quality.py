@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_sizes(parser)
-    parser.add_argument("--gpt2-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates")
+    parser.add_argument("--gpt2-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3], help="learning rates")
     parser.add_argument("--speedrun-rates", type=float, nargs="+", default=[RATE], help="learning rates")
     return parser.parse_args()
 
