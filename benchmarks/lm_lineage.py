@@ -7,7 +7,11 @@ less than nplm after an epoch of any of four recipes (learning rates of 1e-3 to 
 one of ``lm-flax train`` in the workdir: started again, this goes on where it was stopped, and the report is written
 anew after every run.
 
-python benchmarks/lm_lineage.py --data ptb --workdir runs/lineage
+    python benchmarks/lm_lineage.py --data ptb --workdir runs/lineage
+    python benchmarks/lm_lineage.py --data ptb --workdir runs/lineage --speed
+
+The second one, for a machine with nothing else to do, takes SPEED_STEPS of each and reports their rate in place of that
+of the runs, which may have had company.
 
 ``--data`` is a folder with ptb.train.txt(.gz) and ptb.valid.txt, or what lm-flax prepare made of such files. Hours on
 a CPU.
@@ -17,6 +21,8 @@ import argparse
 import json
 import math
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +35,7 @@ import contest
 TOKENS_PER_STEP = 700
 STEPS_PER_EPOCH = 1328
 """Of the Penn Treebank's 929,589 tokens."""
+SPEED_STEPS = 200
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
@@ -114,10 +121,15 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=8 * STEPS_PER_EPOCH, help="of each run")
     parser.add_argument("--only", nargs="*", choices=CONTESTANTS, default=list(CONTESTANTS), help="which of them")
     parser.add_argument("--output", type=Path, default=RESULTS / "lm_lineage", help="of the report, without ending")
+    parser.add_argument("--speed", action="store_true", help="measure how fast each of them trains")
     options = parser.parse_args()
     data = prepare(options.data, options.workdir / "data")
     for name in options.only:
-        train(CONTESTANTS[name], data, options.workdir / name, options.num_steps)
+        if options.speed:
+            shutil.rmtree(options.workdir / f"{name}_speed", ignore_errors=True)
+            train(CONTESTANTS[name], data, options.workdir / f"{name}_speed", SPEED_STEPS)
+        else:
+            train(CONTESTANTS[name], data, options.workdir / name, options.num_steps)
         report(options.workdir, options.num_steps, options.output)
 
 
@@ -162,13 +174,14 @@ def train(contestant: Contestant, data: Path, workdir: Path, num_steps: int) -> 
 
 def figures(workdir: Path) -> dict[str, Any] | None:
     """What a run has come to; None before its first evaluation."""
-    path = workdir / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    records = metrics(workdir)
     held_out = {record["step"]: record["held_out/loss"] for record in records if "held_out/loss" in record}
-    rates = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
-    if not held_out or not rates:
+    if not held_out:
         return None
-    best, rate = min(held_out, key=lambda step: held_out[step]), rates[len(rates) // 2]
+    speed = workdir.with_name(f"{workdir.name}_speed")
+    alone = bool(metrics(speed))
+    rates = [record["tokens_per_second"] for record in metrics(speed) or records if "tokens_per_second" in record]
+    best, rate = min(held_out, key=lambda step: held_out[step]), statistics.median(rates)
     return {
         "steps": max(held_out),
         "best_step": best,
@@ -176,11 +189,18 @@ def figures(workdir: Path) -> dict[str, Any] | None:
         "perplexity": math.exp(held_out[best]),
         "last_perplexity": math.exp(held_out[max(held_out)]),
         "tokens_per_second": rate,
+        "speed_origin": json.loads((speed / "origin.json").read_text(encoding="utf-8")) if alone else None,
         "train_seconds": max(held_out) * TOKENS_PER_STEP / rate,
         "parameters": num_parameters(workdir),
         "losses": held_out,
         "origin": json.loads((workdir / "origin.json").read_text(encoding="utf-8")),
     }
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """What a run has written down; nothing if there is none."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def num_parameters(workdir: Path) -> int:
@@ -202,15 +222,18 @@ def report(workdir: Path, num_steps: int, output: Path) -> None:
         "",
         f"Words, {num_steps:,} steps of {TOKENS_PER_STEP} tokens for each model "
         f"({num_steps / STEPS_PER_EPOCH:.1f} epochs). Perplexity of the validation text, each of its tokens once, at "
-        "the best evaluation, which flatters it, and at the last one; time is that of training alone, at the run's "
-        "median rate. The LSTM reads the validation text on and on, as in training; the others read it in rows, as in "
-        "training, and see nothing of the row before.",
+        "the best evaluation, which flatters it, and at the last one; time is that of training alone, at the median "
+        "rate of the run or, if there is one, of a run of its own on an idle machine. The LSTM reads the validation "
+        "text on and on, as in training; the others read it in rows, as in training, and see nothing of the row "
+        "before.",
         "",
         "| model | source | parameters | valid loss (nats) | perplexity | at the end | tokens/s | time |",
         "|---|---|---|---|---|---|---|---|",
         *rows,
         "",
         *sorted({sentence(each["origin"]) for each in found.values()}),
+        "",
+        *sorted({"Speed: " + sentence(each["speed_origin"]) for each in found.values() if each["speed_origin"]}),
         "",
         f"Loss after every epoch, options and origin of each run: [{output.name}.json]({output.name}.json). Command:",
         "",
