@@ -1,9 +1,9 @@
-"""gpt_speedrun with each of its pieces replaced in turn: which of them earn their place.
+"""gpt_speedrun with each of its pieces replaced in turn: which of them earn their place. (GELU is there by its result.)
 
     python benchmarks/speedrun_pieces.py --data wiki --workdir runs/speedrun
 
-Text, sizes, rows and steps are those of speedrun_quality.py's run of gpt_speedrun, which is the first run here too and
-is not repeated if the workdir holds it. In every other run one piece gives way to what GPT-2 or Llama has in its place.
+Text, sizes, rows and steps are those of speedrun_quality.py's run of gpt_speedrun. In every run but the first one piece
+gives way to what GPT-2 or Llama has in its place.
 --again repeats some with another seed, and gpt_speedrun itself. It can be started again. Writes
 docs/results/gpt_speedrun_pieces.md and .json.
 """
@@ -27,18 +27,13 @@ from speedrun_quality import LM_FLAX, RATE, SHARE, add_sizes, train
 
 from lm_flax import speedrun
 
-HERE, AS = Path(__file__).resolve(), "--as"
+HERE, AS, BASE = Path(__file__).resolve(), "--as", "-squared-relu"
 
 
 def without_qk_norm() -> None:
     """Queries and keys, which alone have a dimension of heads, as they come."""
     whole = speedrun.normalised
     speedrun.normalised = lambda x: x if x.ndim == 4 else whole(x)
-
-
-def gelu() -> None:
-    """GPT-2's activation."""
-    speedrun.squared_relu = jax.nn.gelu
 
 
 def swiglu() -> None:
@@ -48,7 +43,7 @@ def swiglu() -> None:
         gate, value = jnp.split(x, 2, axis=-1)
         return jax.nn.silu(gate) * value
 
-    speedrun.squared_relu = gated
+    speedrun.ACTIVATIONS["squared_relu"] = gated
 
 
 def random_projections() -> None:
@@ -78,7 +73,7 @@ def variants(width: int, steps: int) -> dict[str, Variant]:
     adamw = {"optimizer.name": "adamw", "optimizer.weight-decay": 0.1}
     gated_width = 2 * round(4 * width * 2 / 3)  # two tables in, one out: as many weights as 4 x width has
     return {
-        "": Variant("gpt_speedrun"),
+        BASE: Variant("gpt_speedrun, with squared ReLU"),
         "-adamw-2e-3": Variant("AdamW for Muon, weight decay 0.1", 2e-3, adamw),
         "-adamw-4e-3": Variant("AdamW for Muon, weight decay 0.1", 4e-3, adamw),
         "-cosine": Variant(
@@ -88,7 +83,7 @@ def variants(width: int, steps: int) -> dict[str, Variant]:
         "-decay": Variant("decay over the last fifth rather than half", settings={"schedule.decay-steps": steps // 5}),
         "-no-cap": Variant("no soft cap (a cap of a million)", settings={"model.soft-cap": 1e6}),
         "-no-qk-norm": Variant("no QK-norm", change=without_qk_norm),
-        "-gelu": Variant("GELU for squared ReLU", change=gelu),
+        "-gelu": Variant("GELU for squared ReLU", settings={"model.activation": "gelu"}),
         "-swiglu": Variant(
             "SwiGLU of as many weights for squared ReLU", settings={"model.mlp-width": gated_width}, change=swiglu
         ),
@@ -104,20 +99,20 @@ def main() -> None:
     options = parser.parse_args()
     steps, runs = round(SHARE * options.steps), []
     tried = variants(options.width, steps)
-    again = ["", *(f"-{name}" for name in options.again)] if options.again else []
+    again = [BASE, *(f"-{name}" for name in options.again)] if options.again else []
     if unknown := [name for name in again if name not in tried]:
-        parser.error(f"--again {unknown[0].removeprefix('-')}: the pieces are {' '.join(tried).replace(' -', ' ')}")
+        parser.error(f"--again {unknown[0].removeprefix('-')}: the pieces are {', '.join(name[1:] for name in tried)}")
     for number, name in [*((0, name) for name in tried), *((1, name) for name in again)]:
         each, seed = tried[name], options.seed + number
         program = [str(HERE), AS, name] if each.change else LM_FLAX
-        settings = each.settings | ({"seed": seed} if number else {})
+        settings = {"model.activation": "squared_relu"} | each.settings | ({"seed": seed} if number else {})
         run = train(options, "gpt_speedrun", each.rate, steps, program, name + "-again" * number, **settings)
         del run["parameters"]  # counted without the change
         runs.append({"about": each.about, "seed": seed, **run})
         print(f"  held-out loss {run['held_out_loss']:.4f}", flush=True)
     report = {"what": "held-out loss, nats a token", **contest.origin(), "runs": runs}
     contest.write(report, options.output / "gpt_speedrun_pieces.json")
-    whole = {run["seed"]: run["held_out_loss"] for run in reversed(runs) if run["about"] == tried[""].about}
+    whole = {run["seed"]: run["held_out_loss"] for run in reversed(runs) if run["about"] == tried[BASE].about}
     rows = [
         f"| {run['about']} | {run['learning_rate']:g} | {run['seed']} | {run['held_out_loss']:.4f} | "
         f"{run['held_out_loss'] - whole[run['seed']]:+.4f} |"

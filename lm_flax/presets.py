@@ -109,7 +109,7 @@ def _published(size: Callable[[], GPT2Config | LlamaConfig]) -> Callable[[], GPT
 
 
 def gpt_speedrun() -> SpeedrunRun:
-    """GPT-2's size with what learns faster per token: Muon, QK-norm, ReLU^2, a soft cap, warmup-stable-decay.
+    """GPT-2's size with what learns faster per token: Muon, QK-norm, zero-initialised projections, a soft cap.
 
     162,129,408 parameters, since the output layer is not the embedding. 5100 steps of half a million tokens.
     """

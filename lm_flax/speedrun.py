@@ -1,16 +1,16 @@
 """A GPT with what has been shown to train faster per token.
 
 Rotary positions; queries and keys normalised (Henry et al. 2020, arXiv 2010.04245; without a learned scale, as in
-Jordan et al. 2024, "modded-nanogpt"); squared ReLU (So et al. 2021, arXiv 2109.08668, section 4); projections that are
-added to the hidden states begin at zero (Zhang et al. 2019, arXiv 1901.09321, section 3); norms without parameters; a
-soft cap on the logits (Gemma Team 2024, arXiv 2408.00118, section 2). With it go Muon and a warmup-stable-decay
-schedule, which are settings of a run (``presets.gpt_speedrun``).
+Jordan et al. 2024, "modded-nanogpt"); projections that are added to the hidden states begin at zero (Zhang et al. 2019,
+arXiv 1901.09321, section 3); norms without parameters; a soft cap on the logits (Gemma Team 2024, arXiv 2408.00118,
+section 2). With it go Muon and a warmup-stable-decay schedule, which are settings of a run
+(``presets.gpt_speedrun``). What each is worth: docs/results/gpt_speedrun_pieces.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from core_flax.layers import (
     Embedding,
     Linear,
     Remat,
+    gelu_tanh,
     layer_params,
     layers_per_turn,
     materialised,
@@ -51,6 +52,9 @@ class SpeedrunConfig:
     """Attention heads per block; must divide width."""
     mlp_width: int = 3072
     """Width of the feed-forward layer."""
+    activation: Literal["gelu", "squared_relu"] = "gelu"
+    """Its nonlinearity. squared_relu: max(0, x)^2 (So et al. 2021, arXiv 2109.08668, section 4), which others chose for
+    larger models; where it was measured here, GELU learned more."""
     max_length: int = 1024
     """Tokens a sequence may have. No parameter depends on it."""
     rope_theta: float = 10000.0
@@ -95,10 +99,11 @@ def normalised(x: Array) -> Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def squared_relu(x: Array) -> Array:
-    """max(0, x)^2."""
-    return jnp.square(jax.nn.relu(x))
-
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu_tanh,
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+}
+"""SpeedrunConfig.activation."""
 
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform within 1 / sqrt(inputs), as torch's linear layers begin, and so the code that this follows."""
@@ -141,7 +146,8 @@ class SpeedrunBlock(nn.Module):
         x_BLD = materialised(x_BLD + dropout(mixed_BLD))
         up = Linear((config.mlp_width,), _kernel_init, self.dtype, use_bias=False, name="up")
         down = Linear((config.width,), _out_init, self.dtype, use_bias=False, name="down")
-        hidden_BLF = sharding.constrain(squared_relu(up(normalised(x_BLD))), "batch", "length", "mlp")
+        activation = ACTIVATIONS[config.activation]
+        hidden_BLF = sharding.constrain(activation(up(normalised(x_BLD))), "batch", "length", "mlp")
         x_BLD = materialised(x_BLD + dropout(down(hidden_BLF)))
         return (sharding.constrain(x_BLD, "batch", "sequence", "width"), cache), None
 

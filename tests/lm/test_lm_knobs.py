@@ -79,7 +79,8 @@ OWN = {
         "model.norm_epsilon": 1e-6,
     },
     "speedrun": TRANSFORMER
-    | {"model.rope_theta": 500.0, "model.dropout": 0.2, "model.soft_cap": 5.0, "model.embedding_stddev": 0.5},
+    | {"model.rope_theta": 500.0, "model.dropout": 0.2, "model.soft_cap": 5.0, "model.embedding_stddev": 0.5}
+    | {"model.activation": "squared_relu"},
     "conv": {
         "model.embedding_width": 32,
         "model.width": 32,

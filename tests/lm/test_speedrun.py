@@ -1,6 +1,7 @@
 """The architecture that learns fast against its definition in NumPy; its cache, its cap, its table of parameters."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,15 @@ def turned(x_LHK):
     return np.concatenate([z.real, z.imag], -1)
 
 
-def reference(ids_L):
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def squared_relu(x):
+    return np.maximum(x, 0) ** 2
+
+
+def reference(ids_L, activation):
     """Logits [L, V] in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
     x_LD, layers = norm(params["token"]["embedding"][ids_L]), params["layers"]
@@ -51,21 +60,23 @@ def reference(ids_L):
         weights = np.where(allowed, np.exp(scores), 0)
         mixed = np.einsum("HLM,MHK->LHK", weights / weights.sum(-1, keepdims=True), v)
         x_LD = x_LD + np.einsum("LHK,HKD->LD", mixed, kernels["out"])
-        hidden = np.maximum(norm(x_LD) @ layers["up"]["kernel"][layer], 0) ** 2
+        hidden = activation(norm(x_LD) @ layers["up"]["kernel"][layer])
         x_LD = x_LD + hidden @ layers["down"]["kernel"][layer]
     logits = norm(x_LD) @ params["head"]["embedding"].T
     return CONFIG.soft_cap * np.tanh(logits / CONFIG.soft_cap)
 
 
-@jax.jit
-def forward(params, ids):
-    x_BLD = MODEL.apply({"params": params}, ids)
-    return x_BLD, MODEL.apply({"params": params}, x_BLD, method="logits")
+@partial(jax.jit, static_argnames="model")
+def forward(params, ids, model=MODEL):
+    x_BLD = model.apply({"params": params}, ids)
+    return x_BLD, model.apply({"params": params}, x_BLD, method="logits")
 
 
-def test_logits_are_those_of_the_definition():
-    for ids, logits in zip(IDS, forward(PARAMS, IDS)[1], strict=True):
-        np.testing.assert_allclose(logits, reference(ids), atol=2e-5)
+@pytest.mark.parametrize("activation", [gelu, squared_relu], ids=lambda each: each.__name__)
+def test_logits_are_those_of_the_definition(activation):
+    model = Speedrun(dataclasses.replace(CONFIG, activation=activation.__name__))
+    for ids, logits in zip(IDS, forward(PARAMS, IDS, model)[1], strict=True):
+        np.testing.assert_allclose(logits, reference(ids, activation), atol=2e-5)
 
 
 def test_reading_piece_by_piece_is_reading_at_once():
