@@ -78,7 +78,7 @@ MAX_PADDING = 127
 """Rows of the embedding that may lie beyond the vocabulary; more tell of a vocabulary of another model."""
 LEAST_LENGTH = 8
 MAX_LENGTH = 1024
-"""Rows of the position table that transformers is told to make for a model of ours, which needs none."""
+"""Where nothing else is said: of a sentence, and of the position table."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Pretrained:
       tokenizer: Marian's of a model that was taken in, SentencePiece's of a run of ours.
       report: what came of reading it.
       max_length: tokens of a sentence that the model is to take.
+      num_positions: rows of the position table that transformers makes, at least as many; ours needs none.
     """
 
     config: Any
@@ -98,6 +99,7 @@ class Pretrained:
     tokenizer: MarianVocabulary | SentencePiece
     report: Report
     max_length: int = MAX_LENGTH
+    num_positions: int = MAX_LENGTH
 
 
 def load_pretrained(folder: str | Path) -> Pretrained:
@@ -127,7 +129,7 @@ def load_pretrained(folder: str | Path) -> Pretrained:
         check_array(folder, name, arrays[name], shape)
     unused = tuple(sorted(arrays.keys() - named.keys() - repeated - {BIAS, *POSITIONS}))
     report = Report(weights.files, (), unused, (*weights.converted, *notes))
-    return Pretrained(config, params_from(arrays, config), tokenizer, report, _read_length(folder, stored))
+    return Pretrained(config, params_from(arrays, config), tokenizer, report, *_read_lengths(folder, stored))
 
 
 def save_pretrained(
@@ -136,6 +138,7 @@ def save_pretrained(
     params: Params,
     tokenizer: MarianVocabulary | SentencePiece,
     max_length: int = MAX_LENGTH,
+    num_positions: int = MAX_LENGTH,
 ) -> None:
     """Write a folder that transformers loads, with every array of params bit for bit. Files there are replaced.
 
@@ -153,9 +156,10 @@ def save_pretrained(
         vocabulary = tokenizer
     write_safetensors(folder / SAFETENSORS, arrays_from(params, config))
     vocabulary.save(folder)
+    num_positions = max(num_positions, max_length)
     for name, content in (
-        (CONFIG, _their_config(config, vocabulary, max(MAX_LENGTH, max_length))),
-        (GENERATION, _their_generation(vocabulary, config.vocab_size, max(MAX_LENGTH, max_length))),
+        (CONFIG, _their_config(config, vocabulary, num_positions)),
+        (GENERATION, _their_generation(vocabulary, config.vocab_size, num_positions)),
         (SETTINGS, _their_tokenizer(vocabulary, max_length)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -212,8 +216,8 @@ def _read_config(path: Path, stored: Mapping[str, Any]) -> TransformerConfig:
     return config_from(path, stored, FIELDS, defaults)
 
 
-def _read_length(folder: Path, stored: Mapping[str, Any]) -> int:
-    """The tokens that a sentence may have: as many as there are positions, or fewer if the tokenizer says so."""
+def _read_lengths(folder: Path, stored: Mapping[str, Any]) -> tuple[int, int]:
+    """(tokens that a sentence may have, positions): as many, or fewer if the tokenizer says so."""
     positions = stored.get("max_position_embeddings", MAX_LENGTH)
     if type(positions) is not int or positions < LEAST_LENGTH:
         raise UserError(
@@ -222,7 +226,7 @@ def _read_length(folder: Path, stored: Mapping[str, Any]) -> int:
         )
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     told = settings.get("model_max_length")  # where nobody has said, it is a huge number, or none
-    return min(positions, told) if type(told) is int and told >= LEAST_LENGTH else positions
+    return (min(positions, told) if type(told) is int and told >= LEAST_LENGTH else positions), positions
 
 
 def _read_vocabulary(folder: Path, stored: Mapping[str, Any], num_rows: int) -> tuple[MarianVocabulary, list[str]]:

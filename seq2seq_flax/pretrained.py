@@ -53,7 +53,8 @@ def export_hf(workdir: str, output: str, step: int | None = None) -> None:
     pretrained = load_model(workdir, step)
     check_exportable(pretrained.config)
     with storage.filling(home) as folder:
-        save_pretrained(folder, pretrained.config, pretrained.params, pretrained.tokenizer, pretrained.max_length)
+        lengths = pretrained.max_length, pretrained.num_positions
+        save_pretrained(folder, pretrained.config, pretrained.params, pretrained.tokenizer, *lengths)
     _tell(output, pretrained)
 
 
@@ -86,8 +87,9 @@ def save_imported(folder: Path, pretrained: Pretrained) -> None:
     checkpoints = Checkpoints(folder / CHECKPOINTS, CheckpointConfig())
     checkpoints.save(TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, dict(pretrained.params)), {}))
     checkpoints.close()
-    about = {"tokenizer": vocabulary.fingerprint, "start": vocabulary.bos_id, "max_length": pretrained.max_length}
-    configs.save(folder / CONFIG, KIND, pretrained.config, **about)
+    about = {"tokenizer": vocabulary.fingerprint, "start": vocabulary.bos_id}
+    lengths = {"max_length": pretrained.max_length, "num_positions": pretrained.num_positions}
+    configs.save(folder / CONFIG, KIND, pretrained.config, **about, **lengths)
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -97,13 +99,14 @@ def is_hugging_face(folder: Path) -> bool:
 
 def _load_imported(folder: Path, step: int | None) -> Pretrained:
     path = folder / CONFIG
-    stored = configs.load(path, KIND, tokenizer=str, start=int, max_length=int)
+    stored = configs.load(path, KIND, tokenizer=str, start=int, max_length=int, num_positions=int | None)
     vocabulary = MarianVocabulary.load(folder, stored["start"])
     if vocabulary.fingerprint != stored["tokenizer"]:
         raise UserError(f"{folder / VOCAB} is not the vocabulary that was imported; import the model again")
     config = configs.load_config(path, TransformerConfig, stored)
     params, report = _read_checkpoint(folder, step)
-    return Pretrained(config, params, vocabulary, report, stored["max_length"])
+    length = stored["max_length"]
+    return Pretrained(config, params, vocabulary, report, length, stored["num_positions"] or length)
 
 
 def _load_run(folder: Path, step: int | None) -> Pretrained:

@@ -127,7 +127,7 @@ def test_a_preset_may_stand_anywhere(call, bert_flax, tmp_path):
     command = bert_flax.pretrain(tmp_path / "bert_base", train__num_steps=1)
     command.remove("bert_tiny")
     for argv in ([*command, "bert_tiny"], [command[0], "--log.no-tensorboard", "bert_tiny", *command[1:]]):
-        done = call(*argv, "--data", bert_flax.data, "--log.every_steps", "1")
+        done = call(*argv, "--log.every_steps", "1")
         assert done.returncode == 0, done.stderr
 
 

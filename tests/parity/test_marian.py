@@ -197,7 +197,7 @@ def test_every_gradient(reference, ours, batch):
 def test_there_and_back(reference, folder, ours, batch, tmp_path):
     """Every bit, and a config from which transformers builds the same model."""
     assert ours.report.lines() == ["read: model.safetensors"]
-    save_pretrained(tmp_path, ours.config, ours.params, ours.tokenizer, ours.max_length)
+    save_pretrained(tmp_path, ours.config, ours.params, ours.tokenizer, ours.max_length, ours.num_positions)
     assert_equal_arrays(load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors"))
     loaded, info = type(reference).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
