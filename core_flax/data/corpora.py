@@ -253,6 +253,8 @@ def _decode(name: str, number: int, raw: bytes) -> str:
 def _open(name: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The file as stored and as read (unpacked). What goes wrong while it is read becomes a UserError."""
     if name == STDIN:
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give a file")
         yield sys.stdin.buffer, sys.stdin.buffer
         return
     path = existing(name)

@@ -193,6 +193,12 @@ def test_lines_come_through_a_pipe_and_text_to_prepare_does_not():
     os.close(read)
 
 
+def test_a_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed; give a file"):
+        list(corpora.read_lines("-"))
+
+
 TFDS_SCRIPT = """
 import os, sys
 os.environ["TFDS_DATA_DIR"] = sys.argv[1]
