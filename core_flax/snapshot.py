@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from core_flax.types import Array, Params, UserError
 
 SCHEMA = 1
 _ORBAX = f"{os.sep}orbax{os.sep}"
+_NOT_BEGUN = r"coroutine '[^']*(read|deserialize)[^']*' was never awaited"  # a warning has no more of it than its name
 
 Manifest = dict[str, Any]
 """Content of manifest.json: schema, step, metrics or None, notes if there are any, arrays (by name: shape, dtype,
@@ -222,8 +224,9 @@ def _hide_stray_reports() -> None:
     """Keeps what a failed read leaves behind off the screen; the exception it raises says it all.
 
     One array's failure makes Orbax give up the loop in which it reads the others. Python then reports every read that
-    was not awaited, and every one that ends after that, whenever it comes to it.
+    had not begun, every one that was under way, and every one that ends after that, whenever it comes to it.
     """
+    warnings.filterwarnings("ignore", _NOT_BEGUN, RuntimeWarning)
     if not isinstance(sys.unraisablehook, _QuietHook):
         sys.unraisablehook = _QuietHook(sys.unraisablehook)
     logging.getLogger("asyncio").addFilter(_not_tensorstore)
