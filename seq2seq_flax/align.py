@@ -17,7 +17,7 @@ from core_flax.beam import BeamSearch
 from core_flax.config import check_range
 from core_flax.types import Array, UserError
 from seq2seq_flax.attention import LOOKED_AT
-from seq2seq_flax.translate import Translator
+from seq2seq_flax.translator import Translator
 
 _WORD_BEGINS = "▁"
 

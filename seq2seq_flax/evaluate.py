@@ -27,7 +27,8 @@ from seq2seq_flax.pairs import Manifest
 from seq2seq_flax.parallel_text import TABLES, ParallelText
 from seq2seq_flax.runs import held_out_of, load_run, open_data
 from seq2seq_flax.task import make_task
-from seq2seq_flax.translate import Line, Translator, check_greedy
+from seq2seq_flax.translate import check_greedy
+from seq2seq_flax.translator import Line, Translator
 
 _MODEL = ("input", "output", "target_lang", "data", "step")
 _TRANSLATIONS = ("output", "target_lang", "tokenize", "lowercase")

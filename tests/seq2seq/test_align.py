@@ -16,7 +16,7 @@ from core_flax.types import UserError
 from seq2seq_flax import align
 from seq2seq_flax.architectures import make_model
 from seq2seq_flax.config import TransformerConfig
-from seq2seq_flax.translate import Translator
+from seq2seq_flax.translator import Translator
 
 SOURCE, TARGET = [5, 9, 7, 2], [1, 8, 6]
 

@@ -22,9 +22,9 @@ from core_flax.types import UserError
 from seq2seq_flax import numbers
 from seq2seq_flax.architectures import make_model
 from seq2seq_flax.cli import main
+from seq2seq_flax.decode import translate
 from seq2seq_flax.evaluate import score
 from seq2seq_flax.runs import load_run
-from seq2seq_flax.translator import translate
 
 TINY = {
     "model.num-layers": 1,

@@ -23,10 +23,11 @@ from core_flax.types import UserError
 from seq2seq_flax.architectures import make_model
 from seq2seq_flax.cli import main
 from seq2seq_flax.config import InputsConfig, TransformerConfig, TranslateConfig
+from seq2seq_flax.decode import Draws, room_for
+from seq2seq_flax.decode import translate as translate_tokens
 from seq2seq_flax.pairs import TOKENIZER
-from seq2seq_flax.translate import Candidate, TranslateCommand, Translator, pieces_of
-from seq2seq_flax.translator import Draws, room_for
-from seq2seq_flax.translator import translate as translator_of_tokens
+from seq2seq_flax.translate import TranslateCommand
+from seq2seq_flax.translator import Candidate, Translator, pieces_of
 
 MODEL = TransformerConfig(vocab_size=72, num_layers=2, width=16, num_heads=2, mlp_width=16, tied_embeddings="none")
 ROW_LENGTH = 24
@@ -196,7 +197,7 @@ def test_tokens_that_stand_for_no_text_never_come(translator):
     options = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "search": BeamSearch(), "mesh": translator.mesh}
 
     def tokens(**banned):
-        ((best,),) = translator_of_tokens(translator.model, eager, [[5, 9, 7, 2]], **options, **banned)
+        ((best,),) = translate_tokens(translator.model, eager, [[5, 9, 7, 2]], **options, **banned)
         return set(best.tokens)
 
     assert tokens() & set(never)
@@ -216,7 +217,7 @@ def test_what_ends_a_translation_may_also_begin_it(translator):
     found = []
     for sign in (1.0, -1.0):  # whichever it is that makes the end the best token, always
         params = translator.params | {"embeddings_output": {"embedding": output.at[ends["eos_id"]].multiply(99 * sign)}}
-        ((best,),) = translator_of_tokens(
+        ((best,),) = translate_tokens(
             translator.model, params, [[5, 9, 7, 2]], **ends, search=BeamSearch(1), mesh=translator.mesh
         )
         found.append(best)
