@@ -42,15 +42,17 @@ def _prepare(argv: Sequence[str]) -> None:
     print(f"{config.output}: vocabulary of {manifest.num_tokens:,} pieces{tags}")
     for split, info in manifest.splits.items():
         print(f"  {split}: {info.pairs:,} pairs")
-        for side, tokens, lengths in (
-            ("source", info.source_tokens, info.source),
-            ("target", info.target_tokens, info.target),
+        for side, tokens, unknown, lengths in (
+            ("source", info.source_tokens, info.source_unknown, info.source),
+            ("target", info.target_tokens, info.target_unknown, info.target),
         ):
             if info.pairs:
                 print(
                     f"    {side}: {tokens:,} tokens; a sentence has {lengths.mean:.1f}, half at most {lengths.median}, "
                     f"90 % {lengths.percentile_90}, 99 % {lengths.percentile_99}, the longest {lengths.longest}"
                 )
+            if unknown:
+                print(f"      {unknown:,} of them ({unknown / tokens:.2%}) are <unk>: characters without a piece")
         for reason, count in info.dropped.items():
             print(f"    left out: {count:,} {reason}")
 

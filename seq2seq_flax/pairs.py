@@ -56,6 +56,7 @@ class SplitInfo:
     Attributes:
       pairs: sentence pairs.
       source_tokens, target_tokens: tokens of all of them.
+      source_unknown, target_unknown: how many of those are ``<unk>``, which no translation can make good.
       source, target: how long their sentences are.
       dropped: pairs left out, by the reason.
     """
@@ -63,6 +64,8 @@ class SplitInfo:
     pairs: int = 0
     source_tokens: int = 0
     target_tokens: int = 0
+    source_unknown: int = 0
+    target_unknown: int = 0
     source: Lengths = Lengths()
     target: Lengths = Lengths()
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -118,8 +121,9 @@ def _split_info(stored: dict[str, Any]) -> SplitInfo:
 class PairWriter:
     """Writes the pairs of one split in the order given."""
 
-    def __init__(self, directory: Path, split: str, num_tokens: int) -> None:
+    def __init__(self, directory: Path, split: str, num_tokens: int, unk_id: int) -> None:
         self._dtype = folder.token_type(num_tokens)
+        self._unk_id, self._unknown = unk_id, [0, 0]
         self._shards, self._index = ShardWriter(directory, split), IndexWriter(directory, split, 3)
         self._histograms = [np.zeros(1, np.int64), np.zeros(1, np.int64)]
         self.dropped: dict[str, int] = {}
@@ -128,8 +132,9 @@ class PairWriter:
         """Append a pair of token ids. Raises OSError if the disk refuses."""
         self._shards.append(np.array([*source, *target], self._dtype).tobytes())
         self._index.append(np.array([[len(source), len(target), direction]]))
-        for side, length in enumerate((len(source), len(target))):
-            counts = self._histograms[side]
+        for side, tokens in enumerate((source, target)):
+            self._unknown[side] += tokens.count(self._unk_id)
+            counts, length = self._histograms[side], len(tokens)
             if length >= len(counts):
                 self._histograms[side] = counts = np.pad(counts, (0, 2 * length - len(counts)))
             counts[length] += 1
@@ -147,6 +152,8 @@ class PairWriter:
             pairs=int(source.sum()),
             source_tokens=tokens[0],
             target_tokens=tokens[1],
+            source_unknown=self._unknown[0],
+            target_unknown=self._unknown[1],
             source=Lengths.of(source),
             target=Lengths.of(target),
             dropped=self.dropped,

@@ -241,7 +241,7 @@ def _draw(pairs: Iterable[Pair], max_bytes: int) -> list[Pair]:
 def _encode(
     config: PrepareConfig, inputs: _Inputs, tokenizer: SentencePiece, settings: dict[str, Any], directory: Path
 ) -> Manifest:
-    writers = {split: PairWriter(directory, split, tokenizer.num_tokens) for split in SPLITS}
+    writers = {split: PairWriter(directory, split, tokenizer.num_tokens, tokenizer.unk_id) for split in SPLITS}
     try:
         for split, writer in writers.items():
             _write(config, inputs, split, tokenizer, writer)

@@ -29,7 +29,7 @@ def write_store(folder, lengths, num_tokens=50, seed=0):
     """A store of pairs with these (source, target) lengths, of random tokens; every sentence ends with token 2."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(seed)
-    writer = PairWriter(folder, "train", num_tokens)
+    writer = PairWriter(folder, "train", num_tokens, unk_id=0)
     for both in lengths:
         writer.write(*([*draw.integers(3, num_tokens, length - 1), 2] for length in both), 0)
     info, files = writer.finish()

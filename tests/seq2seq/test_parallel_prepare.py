@@ -294,3 +294,18 @@ def test_a_damaged_or_foreign_folder(tmp_path):
     (tmp_path / "out" / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match=r"holds data of kind None, not 'seq2seq_flax\.pairs'"):
         PairStore(tmp_path / "out", "train")
+
+
+def test_what_the_vocabulary_cannot_spell_is_counted(call, tmp_path):
+    code, out, err = call(
+        "prepare", "--output", tmp_path / "one", "--vocab-size", 100, "--train", *write_files(tmp_path)
+    )
+    assert code == 0 and "<unk>" not in out + err
+    files = [tmp_path / "a", tmp_path / "b"]
+    for path, lines in zip(files, (["the river", "a road"], ["eht Ω revir", "Ω Ω"]), strict=True):
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    tokenizer = tmp_path / "one" / "tokenizer.model"
+    code, out, err = call("prepare", "--output", tmp_path / "two", "--tokenizer", tokenizer, "--train", *files)
+    info = Manifest.load(tmp_path / "two").splits["train"]
+    assert code == 0 and (info.source_unknown, info.target_unknown) == (0, 3), err
+    assert out.count("<unk>") == 1 and f"      3 of them ({3 / info.target_tokens:.2%}) are <unk>" in out
