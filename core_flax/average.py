@@ -22,8 +22,11 @@ from core_flax.state import TrainState
 from core_flax.types import Params, UserError
 from core_flax.weight_files import read_json
 
+_MOST = 10
+"""Checkpoints that are averaged where nobody says how many."""
 
-def average(workdir: str, last: int, output: str | None = None) -> tuple[Path, list[int]]:
+
+def average(workdir: str, last: int | None, output: str | None = None) -> tuple[Path, list[int]]:
     """Write the mean of a run's last checkpoints as a folder with one checkpoint, of the last one's step.
 
     It has the run's settings and tokenizer, so whatever reads a run's parameters reads it; there is nothing of an
@@ -31,7 +34,7 @@ def average(workdir: str, last: int, output: str | None = None) -> tuple[Path, l
 
     Args:
       workdir: folder of the run.
-      last: how many checkpoints, the newest of those that are there.
+      last: how many checkpoints, the newest of those that are there; None: all, but no more than 10.
       output: folder to write; None: WORKDIR/averaged-<last>.
 
     Returns:
@@ -41,12 +44,14 @@ def average(workdir: str, last: int, output: str | None = None) -> tuple[Path, l
       UserError: there is no run, it has not so many checkpoints, one is damaged, or the output is not empty.
     """
     folder = storage.folder("--workdir", workdir)
-    if last < 1:
+    if last is not None and last < 1:
         raise UserError(f"--last {last}: must be 1 or more")
-    home = new_folder(folder / f"averaged-{last}" if output is None else output)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no run: {CONFIG} is missing; give the --workdir of a training run")
     steps = list_steps(folder / CHECKPOINTS)
+    if last is None:
+        last = max(1, min(_MOST, len(steps)))
+    home = new_folder(folder / f"averaged-{last}" if output is None else output)
     if len(steps) < last:
         raise UserError(
             f"--last {last}: {folder} has {len(steps)} checkpoints (steps {', '.join(map(str, steps)) or 'none'}); ask "

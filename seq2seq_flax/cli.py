@@ -117,8 +117,8 @@ class AverageCommand:
 
     workdir: str
     """Folder of a run."""
-    last: int = 10
-    """How many checkpoints, the newest of those that are there."""
+    last: int | None = None
+    """How many checkpoints, the newest of those that are there; None: all of them, but no more than 10."""
     output: str | None = None
     """Folder to write, which must not exist or be empty; None: averaged-N under the workdir."""
 

@@ -67,6 +67,12 @@ def test_the_mean_is_numpys(run, tmp_path):
     assert json.loads((home / "config.json").read_text())["data"] == str(run / "data")
 
 
+def test_who_does_not_say_how_many_gets_all_there_are_up_to_ten(run, monkeypatch):
+    assert average(str(run), None) == (run / "averaged-4", [2, 4, 7, 9])
+    monkeypatch.setattr("core_flax.average._MOST", 3)
+    assert average(str(run), None) == (run / "averaged-3", [4, 7, 9])
+
+
 def test_the_mean_of_one_is_itself(run):
     for name, x in mean_of(run / "checkpoints", [7]).items():
         np.testing.assert_array_equal(x, drawn(7)[name], strict=True)
