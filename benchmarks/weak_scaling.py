@@ -124,7 +124,7 @@ def work(data: Path, folder: Path) -> None:
     task = make_task(settings, store, None, vocabulary)
     made, meter = program.make_program(task, settings), Meter()
 
-    def batches(start: int, rows: range) -> Generator[Any, None, None]:
+    def batches(start: int, rows: Any) -> Generator[Any, None, None]:
         with contextlib.closing(task.batches(start, rows)) as found:
             take = meter.of("input", found.__next__)
             while True:
@@ -144,7 +144,7 @@ def work(data: Path, folder: Path) -> None:
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(figures))
 
 
-def rows_alone(task: Any, rows: range) -> float:
+def rows_alone(task: Any, rows: Any) -> float:
     """Processor milliseconds of the whole process to make this host's rows of a batch."""
     with contextlib.closing(task.batches(0, rows)) as batches:
         for _ in range(10):

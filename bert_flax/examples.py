@@ -15,7 +15,7 @@ from core_flax.config import check_range
 from core_flax.data import order
 from core_flax.data.records import Passages, PassageStore
 from core_flax.text.wordpiece import WordPiece
-from core_flax.types import Batch, UserError
+from core_flax.types import Batch, RowNumbers, UserError
 
 _EVAL_SEED = 20181011
 """Held-out examples are the same in every run, whatever its seed."""
@@ -113,7 +113,7 @@ class PairExamples:
     def __reduce__(self) -> tuple:
         return PairExamples, (self.store, self.vocabulary, self.config, self.seed, self.batch_size)
 
-    def make_batch(self, step: int, rows: range | None = None) -> Batch:
+    def make_batch(self, step: int, rows: RowNumbers | None = None) -> Batch:
         """The batch of a training step, or some of its rows (those of one host).
 
         Args:
@@ -313,7 +313,7 @@ def eval_batches(
     config: InputsConfig,
     batch_size: int,
     max_batches: int = 0,
-    rows: range | None = None,
+    rows: RowNumbers | None = None,
 ) -> Iterator[Batch]:
     """Batches for evaluation: every example of the split exactly once, the same in every run.
 

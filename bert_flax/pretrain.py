@@ -19,7 +19,7 @@ from core_flax.hardware import compute_dtype
 from core_flax.losses import cross_entropy_sums
 from core_flax.task import Cost, Evaluator, MetricSums, Task
 from core_flax.text.wordpiece import WordPiece
-from core_flax.types import Array, Batch, Params, Sums
+from core_flax.types import Array, Batch, Params, RowNumbers, Sums
 
 
 def make_task(
@@ -36,7 +36,7 @@ def make_task(
     phases = _phases(config, train, vocabulary)
     task = task_without_data(config)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         make_batch = partial(phases.make_batch, rows=rows)
         return prefetch(make_batch, start_step, config.train.num_steps, num_workers=config.inputs.num_workers)
 
@@ -63,7 +63,7 @@ def task_without_data(config: PretrainConfig) -> Task:
     def loss_sums(params: Params, batch: Batch, key: Array | None) -> tuple[Sums, MetricSums]:
         return pretraining_sums(model, params, batch, key)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         raise AssertionError("a task without data has no batches")
 
     def cost(step: int) -> Cost:
@@ -99,7 +99,7 @@ class Phases:
         switch = self.inputs.long_from_step
         return self.short if self.long is None or switch is None or step < switch else self.long
 
-    def make_batch(self, step: int, rows: range) -> Batch:
+    def make_batch(self, step: int, rows: RowNumbers) -> Batch:
         """The batch of a step."""
         return self.at(step).make_batch(step, rows)
 

@@ -20,7 +20,7 @@ from core_flax.data.records import Manifest, PassageStore
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train
 from core_flax.program import check_settings, make_program
-from core_flax.run import CONFIG, LOCK, Run, busy, own_data, with_vocabulary
+from core_flax.run import CONFIG, LOCK, Run, busy, on_all_held_out, own_data, with_vocabulary
 from core_flax.run import evaluate as run_evaluate
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
@@ -73,7 +73,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
     workdir = storage.folder("--workdir", command.workdir)
     optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
     asked = dataclasses.replace(settings_of(command, PretrainConfig), optimizer=optimizer)
-    _check_model(asked)
+    check_model(asked)
     check_settings(asked, PARAM_RULES)
     with only_run(workdir / LOCK, busy(workdir)):
         old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
@@ -108,7 +108,8 @@ def _own_text(workdir: Path) -> Path:
     return data
 
 
-def _check_model(config: PretrainConfig) -> None:
+def check_model(config: PretrainConfig) -> None:
+    """Raises UserError if the model cannot read what the settings ask for."""
     if config.inputs.length > config.model.max_length:
         raise UserError(
             f"--inputs.length {config.inputs.length} exceeds --model.max-length {config.model.max_length}, "
@@ -133,7 +134,7 @@ def evaluate(workdir: str, data: str | None, step: int | None) -> None:
         raise UserError(f"data folder {folder} was made with another tokenizer than the run in {run.workdir}")
     if held_out is None:
         raise UserError(f"{folder} holds out nothing: prepare it with --valid-fraction above 0")
-    task = make_task(run.config, store, held_out, vocabulary)
+    task = make_task(on_all_held_out(run.config), store, held_out, vocabulary)
     print_held_out(*run_evaluate(run, task.evaluators["held_out"], step))
 
 

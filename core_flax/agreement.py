@@ -7,7 +7,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from core_flax import sharding
-from core_flax.config import MeshConfig
 from core_flax.signals import StopFlag
 
 
@@ -30,7 +29,7 @@ class Agreement:
         self._pending: jax.Array | None = None
         self._alone = jax.process_count() == 1
         if not self._alone:
-            everyone = sharding.make_mesh(MeshConfig(), list(mesh.devices.flat))
+            everyone = sharding.flat_mesh(list(mesh.devices.flat))
             self._rows = sharding.batch_sharding(everyone)
             self._largest = jax.jit(lambda x: x.max(axis=0), out_shardings=sharding.replicated(everyone))
 

@@ -47,7 +47,7 @@ class BeamSearch:
     def __post_init__(self) -> None:
         """Raises UserError on a value out of range."""
         check_range("", self, "beam_size", "n_best", least=1, most=2**16)
-        check_range("", self, "length_penalty")
+        check_range("", self, "length_penalty", least=-10, most=10)  # beyond, a power of the length leaves float32
         check_range("", self, "length_offset", least=0)
         if self.n_best > self.beam_size:
             raise UserError(f"--n-best {self.n_best} is more than --beam-size {self.beam_size} can find")

@@ -27,9 +27,8 @@ class TensorBoard:
         self._here = tempfile.TemporaryDirectory() if is_remote(directory) else None
         with writing(directory):
             self._writer = writer.EventFileWriter(self._here.name if self._here else str(directory), flush_secs=10)
-        if start_step:
-            # Readers then discard what an interrupted run wrote beyond the checkpoint it is resumed from.
-            self._add(start_step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
+        # Readers then discard what an interrupted run wrote beyond the checkpoint it is resumed from, or without any.
+        self._add(start_step + 1, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to the curve of each name; a name's part before a slash groups curves."""

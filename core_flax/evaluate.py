@@ -20,12 +20,13 @@ def make_evaluate(evaluator: Evaluator, mesh: Mesh) -> Callable[[Params], dict[s
         totals: dict[str, np.ndarray] = {}
         told: list[tuple[Batch, Outputs]] = []
         for batch, sums, outputs in measure(params):
-            told.append((batch, outputs))
+            if evaluator.score:
+                told.append((batch, outputs))
             for name, pair in sums.items():
                 # float64 on the host: the sums of a large set outgrow float32's 24 bits.
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
         means = {name: float(total / weight) if weight else 0.0 for name, (total, weight) in totals.items()}
-        return {**means, **evaluator.score(told)}
+        return {**means, **(evaluator.score(told) if evaluator.score else {})}
 
     return evaluate
 
@@ -54,7 +55,7 @@ def _make_measure(
         for batch in evaluator.batches():
             size = len(next(iter(batch.values())))
             rows = sharding.host_rows(size, mesh)
-            local = {name: array[rows.start : rows.stop] for name, array in batch.items()}
+            local = {name: array[rows] for name, array in batch.items()}
             with jax.set_mesh(mesh):
                 sums, outputs, carry = measure(params, sharding.place_batch(local, size, mesh) | carried)
             carried = {"carry": carry} if start else {}

@@ -11,17 +11,18 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import tensorstore as ts
 
+from core_flax.signals import EXIT_PEER_LOST
 from core_flax.types import UserError
 
 RENEW_SECONDS = 10.0
 LOST_SECONDS = 45.0
 """An object that has not been written for so long is nobody's: four writes have failed."""
-EXIT_TAKEN = 2
 
 
 @contextmanager
@@ -52,7 +53,8 @@ class _Lease:
     def __init__(self, store: ts.KvStore, name: str) -> None:
         self._store, self._name = store, name
         self._generation = b""
-        self._holder = json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode()
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex}  # containers' are alike
+        self._holder = json.dumps(holder).encode()
 
     def take(self, folder: str, refusal: str) -> None:
         """Returns when the object is ours. Raises UserError if it is another's."""
@@ -71,11 +73,18 @@ class _Lease:
             raise UserError(refusal)
 
     def _write(self, generation: bytes) -> bool:
-        """Writes the object if its generation is this one; False if it is another."""
+        """Writes the object if its generation is this one; False if another process has written it since.
+
+        Of a write that was made and not answered TensorStore makes a second, which finds what the first has written.
+        """
         stamp = self._store.write(self._name, self._holder, if_equal=generation).result()
-        written = bool(stamp.generation)
-        self._generation = stamp.generation if written else self._generation
-        return written
+        if not stamp.generation:
+            found = self._store.read(self._name).result()
+            if found.value != self._holder:
+                return False
+            stamp = found.stamp
+        self._generation = stamp.generation
+        return True
 
     def renew(self, closed: threading.Event, address: str) -> None:
         """Writes it again and again; ends the process should another have taken it, since two must not write."""
@@ -87,7 +96,7 @@ class _Lease:
                 continue
             line = f"error: {address} was taken by another run while this one could not be heard of; it ends"
             print(line, file=sys.stderr, flush=True)
-            os._exit(EXIT_TAKEN)
+            os._exit(EXIT_PEER_LOST)  # whoever starts it again is told by the other whether it still runs
 
     def give_back(self) -> None:
         """Deletes the object if it is ours; one that cannot be deleted is taken over in time."""

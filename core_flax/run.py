@@ -6,23 +6,24 @@ Each family says what is its own (which tokenizer, which data); what such a fold
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, TypeVar
 
 import jax
+from tqdm import tqdm
 
 from core_flax import config as configs
 from core_flax import storage
 from core_flax.checkpoint import load_params
-from core_flax.config import MeshConfig, RunConfig
+from core_flax.config import RunConfig
 from core_flax.distributed import first_does
 from core_flax.evaluate import make_evaluate
-from core_flax.sharding import make_mesh, replicated
+from core_flax.sharding import flat_mesh, replicated
 from core_flax.task import Evaluator
-from core_flax.types import Params, UserError
+from core_flax.types import Batch, Params, UserError
 
 CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", "run.lock"
 
@@ -199,6 +200,12 @@ def with_vocabulary(config: C, is_given: bool, num_tokens: int) -> C:
     return dataclasses.replace(config, **{"model": dataclasses.replace(model, vocab_size=size)})
 
 
+def on_all_held_out(config: C) -> C:
+    """The settings, to measure all held-out data, however little of it training looks at (``train.eval_batches``)."""
+    settings: Any = config
+    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, eval_batches=0))
+
+
 def evaluate(run: Run[Any], evaluator: Evaluator, step: int | None) -> tuple[dict[str, float], int]:
     """(metrics, step) of a checkpoint, the newest if step is None.
 
@@ -206,6 +213,10 @@ def evaluate(run: Run[Any], evaluator: Evaluator, step: int | None) -> tuple[dic
     """
     train = run.config.train
     num_devices = math.gcd(train.batch_size // train.num_microbatches, jax.device_count())
-    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+    mesh = flat_mesh(jax.devices()[:num_devices])
     params, step = run.params(step, replicated(mesh))
-    return make_evaluate(evaluator, mesh)(params), step
+
+    def batches() -> Iterator[Batch]:
+        yield from tqdm(evaluator.batches(), desc="measuring", unit=" batches", disable=None, leave=False)
+
+    return make_evaluate(dataclasses.replace(evaluator, batches=batches), mesh)(params), step

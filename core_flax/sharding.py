@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from core_flax.config import MeshConfig
 from core_flax.params import ParamRule, leaves, map_rules, path_of
 from core_flax.state import TrainState
-from core_flax.types import Array, Params, UserError
+from core_flax.types import Array, Params, RowNumbers, UserError
 
 MESH_AXES = ("dcn_data", "dcn_fsdp", "data", "fsdp", "tensor", "sequence")
 """Those over which least is moved first: dcn_* alone cross the slow network between slices."""
@@ -79,6 +79,12 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         )
     # Auto: shardings of intermediate values are XLA's to choose (jax.make_mesh defaults to Explicit axes).
     return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def flat_mesh(devices: list[Any]) -> Mesh:
+    """All of them along "data" as they come, whatever network lies between: for what is small."""
+    shape = [len(devices) if name == "data" else 1 for name in MESH_AXES]
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _arranged(devices: list[Any], sizes: Mapping[str, int]) -> np.ndarray:
@@ -342,16 +348,26 @@ def _or_hosts(batch_size: int, num_microbatches: int, mesh: Mesh) -> str:
     return f", or {near} host{'s' * (near > 1)} instead of {hosts}"
 
 
-def host_rows(batch_size: int, mesh: Mesh) -> range:
-    """The rows of the global batch that this host's devices need. They must be contiguous."""
+def host_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of the global batch that this host's devices need, ascending.
+
+    They are seldom neighbours: the mesh follows the torus, of which a host has a square.
+    """
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
-    assert rows[-1] - rows[0] + 1 == len(rows), "this host's devices hold rows that are not contiguous"
-    return range(int(rows[0]), int(rows[-1]) + 1)
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
+
+
+def same_share(rows: RowNumbers, batch_size: int, num_rows: int) -> np.ndarray:
+    """Which of ``num_rows`` rows the host has that has ``rows`` of ``batch_size``, both divided over the same devices.
+
+    For batches that have another number of rows than ``--train.batch-size`` says, such as packed ones.
+    """
+    # A device has neighbours, and as large a part of either batch: the row that begins as far into the batch tells.
+    return np.flatnonzero(np.isin(np.arange(num_rows) * batch_size // num_rows, rows))
 
 
 def place_batch(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """A global batch on the devices from this host's rows of it."""
+    """A global batch on the devices from this host's rows of it, in the order of ``host_rows``."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
@@ -361,7 +377,8 @@ def place_batch(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) ->
 
 def fetch(array: jax.Array) -> np.ndarray:
     """The whole of an array on every host, wherever its parts lie."""
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True) if jax.process_count() > 1 else array)
+    # What this host has by itself, it may be alone in asking for.
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 def table(params: Params, rules: tuple[ParamRule, ...]) -> list[tuple[str, tuple[int, ...], str]]:

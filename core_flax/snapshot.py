@@ -196,7 +196,10 @@ def _check_fit(manifest: Manifest, wanted: Mapping[str, Any], folder: epath.Path
 
 
 def _read_arrays(folder: epath.Path, manifest: Manifest, wanted: Mapping[str, Any]) -> dict[str, Array]:
-    """Arrays by name, placed as ``wanted`` says. Raises DamagedError unless every bit is as it was saved."""
+    """Arrays by name, placed as ``wanted`` says. Raises DamagedError unless every bit is as it was saved.
+
+    All processes must call it, unless the arrays are to lie on this one's devices alone.
+    """
     home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     how = {}
     for name, x in wanted.items():
@@ -204,9 +207,14 @@ def _read_arrays(folder: epath.Path, manifest: Manifest, wanted: Mapping[str, An
         sharding.shard_shape(tuple(x.shape))  # raises where it does not divide, which would look like damage below
         how[name] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(x.shape), dtype=x.dtype)
     args = ocp.args.PyTreeRestore(item=_nested(wanted), restore_args=_nested(how), partial_restore=True)
+    together = ocp.options.MultiprocessingOptions()
+    if all(each.sharding.is_fully_addressable for each in how.values()):  # nobody else need know
+        here = jax.process_index()
+        together = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
     _hide_stray_reports()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with ocp.Checkpointer(handler, multiprocessing_options=together) as reader:
             read = traverse_util.flatten_dict(reader.restore(folder / "arrays", args=args), sep="/")
         arrays = {name: read[name] for name in wanted}
     except Exception as error:  # whatever a reader of half a file may raise

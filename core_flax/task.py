@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core_flax.params import ParamRule
-from core_flax.types import Array, Batch, Params, Sums
+from core_flax.types import Array, Batch, Params, RowNumbers, Sums
 
 MetricSums = Mapping[str, tuple[Array, Array]]
 """Metric name -> (sum, sum of its weights): add over batches, then divide."""
@@ -28,7 +28,7 @@ class Evaluator:
       maximize: whether it is to become large, not small.
       outputs: (params, batch) -> arrays that are fetched, for metrics that are no sums; jitted together with the sums.
       score: every batch with its outputs, as numpy arrays -> metrics. FloatingPointError("a score") stops the run, if a
-        number of which metrics are made is not finite.
+        number of which metrics are made is not finite. None: there are none, and no batch is kept.
       carry: () -> what the first batch finds, where each hands something to the next, row to row: a pytree of arrays
         whose first dim is the batch's. None: batches have nothing to do with each other.
     """
@@ -38,7 +38,7 @@ class Evaluator:
     objective: str
     maximize: bool = False
     outputs: Callable[[Params, Batch], Outputs] = lambda params, batch: {}
-    score: Callable[[Sequence[tuple[Batch, Outputs]]], Mapping[str, float]] = lambda outputs: {}
+    score: Callable[[Sequence[tuple[Batch, Outputs]]], Mapping[str, float]] | None = None
     carry: Callable[[], Any] | None = None
 
 
@@ -47,7 +47,7 @@ class Cost:
     """Size of one training step.
 
     Attributes:
-      tokens: positions of the global batch, padding included.
+      tokens: positions of the global batch, padding included; where rows are packed, on average and without it.
       flops: floating point operations of the model, forward and backward, as the matrix products of the architecture
         need them (no recomputation counted); 0: unknown.
     """
@@ -84,7 +84,7 @@ class Task:
     init: Callable[[Array], Params]
     loss_weights: Callable[[Batch], Sums]
     loss_sums: Callable[[Params, Batch, Array | None], tuple[Sums, MetricSums] | tuple[Sums, MetricSums, Any]]
-    batches: Callable[[int, range], Generator[Batch, None, None]]
+    batches: Callable[[int, RowNumbers], Generator[Batch, None, None]]
     param_rules: tuple[ParamRule, ...]
     initial: Mapping[str, Array] = field(default_factory=dict)
     axis_fields: Mapping[str, str] = field(default_factory=dict)

@@ -24,8 +24,13 @@ A name ending in ``_sums`` holds sums that have not been divided by their weight
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 Array = Any
 """A ``jax.Array`` or a ``numpy.ndarray``: a name for readers, not for checkers, so that numpy-only code can use it."""
+
+RowNumbers = np.ndarray | range
+"""Which rows of a batch are meant, ascending: those that one host's devices need."""
 
 Batch = Mapping[str, Array]
 """Arrays whose first dimension is the example, for one optimizer step."""

@@ -156,6 +156,11 @@ def find(name: str) -> Topology:
         devices = jax.devices()
         gpu = next((chip for pattern, chip in GPUS if re.search(pattern, devices[0].device_kind)), Chip())
         return Topology(f"{len(devices)} local devices", devices, gpu)
+    if kind == "v4":
+        raise UserError(
+            f"{name} cannot be planned for: the TPU compiler takes the two cores of a v4 chip for two devices, which "
+            "are one on a machine; plan for v5p, which has the same torus"
+        )
     try:
         options = {"num_slices": slices} if slices > 1 else {}
         found = topologies.get_topology_desc(platform="tpu", topology_name=one, **options)

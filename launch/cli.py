@@ -91,10 +91,11 @@ def _plan(argv: Sequence[str]) -> None:
     prog = f"{PROG} plan"
     doc = f"{prog} PRESET --topology v5e:16x16 [options]. {PlanOptions.__doc__} Defaults are those of {name}."
     command = cli.parse(command_of(name), rest, f"{prog} {name}", defaults(name), doc)
-    if {"--batch", "--train.batch-size"} <= cli.options_given(command_of(name), rest):
+    given = cli.options_given(command_of(name), rest)
+    if {"--batch", "--train.batch-size"} <= given:
         raise UserError("--batch is short for --train.batch-size; give one of them")
     prepare_environment(command.topology)
-    plan(name, command)
+    plan(name, command, given)
 
 
 if __name__ == "__main__":

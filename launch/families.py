@@ -1,7 +1,7 @@
 """What can be planned: every preset that can be trained, with its options, its task and the shapes of its batches."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,8 @@ import tyro
 
 from bert_flax import presets as bert_presets
 from bert_flax import pretrain
-from core_flax.config import RunConfig
+from bert_flax import runs as bert_runs
+from core_flax.config import RunConfig, with_optimizer_of
 from core_flax.task import Task
 from lm_flax import presets as lm_presets
 from lm_flax import runs as lm_runs
@@ -44,16 +45,18 @@ class Family:
       presets: name -> function that makes a config.
       task: config -> task, without data.
       batch: (config, step) -> shapes of the global batch.
+      check: raises UserError if settings do not fit each other, as at the beginning of a training.
     """
 
     presets: Mapping[str, Callable[[], RunConfig]]
     task: Callable[[Any], Task]
     batch: Callable[[Any, int], Mapping[str, Any]]
+    check: Callable[[Any], None] = lambda config: None
 
 
 FAMILIES = (
-    Family(bert_presets.PRESETS, pretrain.task_without_data, pretrain.batch_shapes),
-    Family(lm_presets.PRESETS, lm_runs.task_without_data, lm_runs.batch_shapes),
+    Family(bert_presets.PRESETS, pretrain.task_without_data, pretrain.batch_shapes, bert_runs.check_model),
+    Family(lm_presets.PRESETS, lm_runs.task_without_data, lm_runs.batch_shapes, lm_runs.check),
     Family(seq2seq_presets.PRESETS, seq2seq_task.task_without_data, seq2seq_task.batch_shapes),
 )
 
@@ -74,10 +77,23 @@ def defaults(name: str) -> Any:
     return command_of(name)(**values, topology=tyro.MISSING)
 
 
-def settings(name: str, command: Any, is_cpu: bool) -> Any:
-    """The config alone, as it would be on the devices: what is chosen by the device is, for one that is not here."""
-    cls = type(PRESETS[name].presets[name]())
+def settings(name: str, command: Any, is_cpu: bool, given: Collection[str] = ()) -> Any:
+    """The config alone, as it would be on the devices: what is chosen by the device is, for one that is not here.
+
+    Args:
+      name: the preset.
+      command: its options, as they were parsed.
+      is_cpu: whether the devices compute in float32.
+      given: options that stood on the command line (cli.options_given).
+
+    Raises:
+      UserError: the settings do not fit each other; training would refuse them, too.
+    """
+    preset = PRESETS[name].presets[name]()
+    cls = type(preset)
     config = cls(**{field.name: getattr(command, field.name) for field in dataclasses.fields(cls)})
+    config = dataclasses.replace(config, optimizer=with_optimizer_of(config.optimizer, preset.optimizer, given))
+    PRESETS[name].check(config)
     model: Any = getattr(config, "model")  # noqa: B009 (every family's config has one, RunConfig has not)
     train = config.train
     if command.batch is not None:

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from core_flax import kernels
@@ -16,15 +16,15 @@ from launch.families import PRESETS, settings
 from launch.plan import OutOfMemoryError, Plan, make_plan
 
 
-def plan(name: str, command: Any) -> None:
-    """Prints the plan of a preset, or the best few of a search.
+def plan(name: str, command: Any, given: Collection[str] = ()) -> None:
+    """Prints the plan of a preset, or the best few of a search; ``given`` as in families.settings.
 
     Raises:
       UserError: it does not fit (with what would help), or settings do not fit each other or the devices.
     """
     check_range("", command, "compilations", least=1)
     topology = chips.find(command.topology)
-    config = settings(name, command, topology.is_cpu)
+    config = settings(name, command, topology.is_cpu, given)
     family = PRESETS[name]
 
     def make(config: Any) -> Plan:

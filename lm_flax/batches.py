@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from core_flax.data.order import integers, shuffled, stream
-from core_flax.types import Batch, UserError
+from core_flax.types import Batch, RowNumbers, UserError
 from lm_flax.config import InputsConfig
 
 
@@ -96,17 +96,17 @@ class TextBatches:
         # Rows of an epoch: so many that they can begin at each of ``length`` places, if the text has more than one row.
         self.num_rows = max(1, (spare + 1) // rows.length)
 
-    def make_batch(self, step: int, rows: range) -> Batch:
+    def make_batch(self, step: int, rows: RowNumbers) -> Batch:
         """The given rows of the batch of a step."""
         return self._rows.at(self.starts(step, rows))
 
-    def starts(self, step: int, rows: range) -> np.ndarray:
+    def starts(self, step: int, rows: RowNumbers) -> np.ndarray:
         """Where those rows begin, int [rows].
 
         In an epoch of shuffled rows every token comes once, but for fewer than two rows at the ends, which are others
         in each epoch.
         """
-        number = step * self._batch_size + np.arange(rows.start, rows.stop)
+        number = step * self._batch_size + np.asarray(rows)
         spare = self._rows.num_predicted - self._rows.length
         if self._order == "random":
             return integers(stream(self._seed, number), 0, spare + 1)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from core_flax.config import check_range
 from core_flax.hardware import compute_dtype
-from core_flax.run import Run
+from core_flax.run import Run, on_all_held_out
 from core_flax.run import evaluate as run_evaluate
 from core_flax.types import UserError
 from lm_flax import figures, runs
@@ -59,7 +59,7 @@ def evaluate(command: EvaluateCommand) -> None:
     if isinstance(run.config, Word2VecRun):
         if (command.length, command.stride, command.batch_size) != (None, None, None):
             raise UserError("--length, --stride and --batch-size are for language models, not for word vectors")
-        evaluator = make_word2vec_task(run.config, train, text).evaluators["held_out"]
+        evaluator = make_word2vec_task(on_all_held_out(run.config), train, text).evaluators["held_out"]
         metrics, step = run_evaluate(run, evaluator, command.step)
         for name, value in metrics.items():
             print(f"{command.split}, step {step}: {name} {value:.4f}")
@@ -74,11 +74,11 @@ def evaluate(command: EvaluateCommand) -> None:
 
 def _as_asked(run: Run[Any], command: EvaluateCommand) -> Run[Any]:
     """The run with rows of the length asked for. Raises UserError if that, or the stride, cannot be."""
-    config, most = run.config, context(run.config.model)
+    config, most = on_all_held_out(run.config), context(run.config.model)
     if command.length is not None and most is not None and command.length > most:
         raise UserError(f"--length {command.length}: the model can take {most} tokens; give so many at most")
     inputs = dataclasses.replace(config.inputs, length=command.length or config.inputs.length)
-    settings = dataclasses.replace(config.train, eval_batches=0)
+    settings = config.train
     if command.batch_size is not None:
         settings = dataclasses.replace(settings, batch_size=command.batch_size, num_microbatches=1)
     config = dataclasses.replace(config, inputs=inputs, train=settings)

@@ -144,6 +144,8 @@ def continue_texts(
     ended_B, num_rounds, allowed_V = np.zeros(len(prompts), bool), 0, _known(generator)
     while not ended_B.all() and (left := how.max_new_tokens - max(map(len, written))) > 0:
         read = [np.concatenate(both) for both in zip(prompts, written, strict=True)]
+        # One that has ended must not have a say in when the others slide.
+        read = [tokens[:1] if done else tokens for tokens, done in zip(read, ended_B, strict=True)]
         read, room = _fit(read, left, generator.context)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, num_rounds)
         now, before = _begin(generator, read, keys, ended_B, room), written

@@ -153,8 +153,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
     optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
     asked: Any = dataclasses.replace(settings_of(command, type(PRESETS[preset_name]())), optimizer=optimizer)
     check_settings(asked, _rules(asked))
-    if not isinstance(asked, Word2VecRun):
-        check_rows(asked)
+    check(asked)
     with only_run(workdir / LOCK, busy(workdir)):
         old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
         if old and not old.content:
@@ -175,14 +174,25 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
         run.save(tokenizer.file, tokenizer.save)
         with kernels.explained(command.explain_kernels):
             metrics = train_loop(made, config, program, workdir)
-    if isinstance(config, Word2VecRun) or jax.process_index() != 0:
+    if isinstance(config, Word2VecRun):
         return
-    if held_out:
-        figures.print_table(metrics, f"held out, step {config.train.num_steps}", store, held_out, tokenizer)
-        if num_batches := config.train.eval_batches:
-            print(f"(the model's of the first {num_batches} batches; lm-flax evaluate --workdir {workdir} reads all)")
-    if config.sample_tokens:
-        print_sample(run, tokenizer, config.sample_tokens)
+
+    def show() -> None:
+        if held_out:
+            figures.print_table(metrics, f"held out, step {config.train.num_steps}", store, held_out, tokenizer)
+            if config.train.eval_batches:
+                some = f"the first {config.train.eval_batches} batches"
+                print(f"(the model's of {some}; lm-flax evaluate --workdir {workdir} reads all)")
+        if config.sample_tokens:
+            print_sample(run, tokenizer, config.sample_tokens)
+
+    first_does(show)  # the others wait: one that left would be taken for lost
+
+
+def check(config: AnyRun) -> None:
+    """Raises UserError if the settings do not fit each other, whichever kind of run they are of."""
+    if not isinstance(config, Word2VecRun):
+        check_rows(config)
 
 
 def _rules(config: Any) -> Any:

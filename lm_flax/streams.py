@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from core_flax.types import Batch, UserError
+from core_flax.types import Batch, RowNumbers, UserError
 
 
 class Streams:
@@ -45,14 +45,14 @@ class Streams:
         """Steps of an epoch."""
         return -(-self._per_row // self._length)
 
-    def make_batch(self, step: int, rows: range) -> Batch:
+    def make_batch(self, step: int, rows: RowNumbers) -> Batch:
         """The given rows of the batch of a step.
 
         "tokens" are read and "labels" predicted, where "weights" is 1 and not 0 (beyond a stream's end); before
         "starts", which the first token of each stream is in every epoch, all is forgotten.
         """
         at_BL = step % self.num_steps * self._length + np.arange(self._length)[None]
-        predicted_BL = np.arange(rows.start, rows.stop)[:, None] * self._per_row + at_BL
+        predicted_BL = np.asarray(rows)[:, None] * self._per_row + at_BL
         real_BL = (at_BL < self._per_row) & (predicted_BL < self._num_predicted)
         # Which token of the text is read; -1 is the one before the text.
         read_BL = np.where(real_BL, predicted_BL, 0) - (self._before is not None)

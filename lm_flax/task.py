@@ -14,7 +14,7 @@ from core_flax.data.feed import prefetch
 from core_flax.hardware import compute_dtype
 from core_flax.losses import vocabulary_sums
 from core_flax.task import Cost, Evaluator, MetricSums, Task
-from core_flax.types import Array, Batch, Params, Sums, UserError
+from core_flax.types import Array, Batch, Params, RowNumbers, Sums, UserError
 from lm_flax.architectures import ARCHITECTURES, context, init_params, make_model, soft_cap
 from lm_flax.batches import Rows, TextBatches, in_order
 from lm_flax.config import AnyLM
@@ -41,7 +41,7 @@ def make_task(config: AnyLM, train: TokenStore, held_out: TokenStore | None, bef
         rows = Rows(train.tokens_T, train.ends, before, inputs)
         source = TextBatches(rows, inputs.order, config.seed, batch_size)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         return prefetch(partial(source.make_batch, rows=rows), start_step, config.train.num_steps)
 
     evaluators = {}
@@ -64,7 +64,7 @@ def task_without_data(config: AnyLM) -> Task:
         sums, *carry = token_sums(config, model, params, batch, key)
         return {"loss": sums.loss}, {"accuracy": (sums.correct, jnp.sum(batch["weights"]))}, *carry
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         raise AssertionError("a task without data has no batches")
 
     return Task(

@@ -10,7 +10,7 @@ import numpy as np
 
 from core_flax.config import check_range
 from core_flax.data.order import integers, shuffled, stream, uniform
-from core_flax.types import Batch, UserError
+from core_flax.types import Batch, RowNumbers, UserError
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class WindowBatches:
         """Rows of an epoch; the last one may be shorter."""
         return -(-len(self._tokens_T) // self._config.length)
 
-    def make_batch(self, step: int, rows: range) -> Batch:
+    def make_batch(self, step: int, rows: RowNumbers) -> Batch:
         """The given rows of the batch of a step: epochs of all the text, each in an order and with draws of its own."""
-        number = step * self._batch_size + np.arange(rows.start, rows.stop)
+        number = step * self._batch_size + np.asarray(rows)
         epoch = number // self.num_rows
         return self._rows(shuffled(number % self.num_rows, self.num_rows, self._seed, epoch), epoch)
 

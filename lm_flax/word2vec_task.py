@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from core_flax.data.feed import prefetch
 from core_flax.hardware import compute_dtype
 from core_flax.task import Cost, Evaluator, MetricSums, Task
-from core_flax.types import Array, Batch, Params, Sums
+from core_flax.types import Array, Batch, Params, RowNumbers, Sums
 from lm_flax.config import Word2VecRun
 from lm_flax.data import TokenStore
 from lm_flax.sharding import AXIS_FIELDS, WORD2VEC_RULES
@@ -34,7 +34,7 @@ def make_task(config: Word2VecRun, train: TokenStore, held_out: TokenStore | Non
 
     windows = windows_of(train, batch_size)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         return prefetch(partial(windows.make_batch, rows=rows), start_step, config.train.num_steps)
 
     def evaluator(held_out: WindowBatches) -> Evaluator:
@@ -67,7 +67,7 @@ def task_without_data(config: Word2VecRun) -> Task:
         del key
         return word2vec_sums(model, params, batch, inputs.window)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         raise AssertionError("a task without data has no batches")
 
     return Task(

@@ -91,9 +91,7 @@ class Nothing:
 
 def _train(argv: Sequence[str]) -> None:
     keep_freed_memory()  # before jax is imported
-    import jax
-
-    from core_flax.distributed import join
+    from core_flax.distributed import first_does, join
     from seq2seq_flax.evaluate import EvaluateCommand, print_numbers
     from seq2seq_flax.presets import PRESETS
     from seq2seq_flax.runs import command_of, train
@@ -101,8 +99,8 @@ def _train(argv: Sequence[str]) -> None:
     asked = cli.parse_preset(PRESETS, command_of, "numbers_demo", argv, f"{PROG} train", "trains a model")
     join()
     run = train(*asked)
-    if jax.process_index() == 0:
-        print_numbers(run, EvaluateCommand(workdir=str(run.workdir)))
+    # The others wait: one that left would be taken for lost.
+    first_does(lambda: print_numbers(run, EvaluateCommand(workdir=str(run.workdir))))
 
 
 def _evaluate(argv: Sequence[str]) -> None:

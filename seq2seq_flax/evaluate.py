@@ -17,7 +17,7 @@ from tqdm import tqdm
 from core_flax import storage
 from core_flax.beam import BeamSearch
 from core_flax.config import check_range
-from core_flax.run import Run, kind_of
+from core_flax.run import Run, kind_of, on_all_held_out
 from core_flax.run import evaluate as run_evaluate
 from core_flax.storage import replacing
 from core_flax.text.sentencepiece_model import SentencePiece
@@ -255,7 +255,7 @@ def print_held_out(run: Run[Any], tokenizer: SentencePiece, data: str | None, st
     if held_out is None:
         print(f"held-out loss not measured: {folder} holds out nothing (prepare --valid)")
         return
-    task = make_task(run.config, open_data(folder)[0], held_out, tokenizer)
+    task = make_task(on_all_held_out(run.config), open_data(folder)[0], held_out, tokenizer)
     metrics, at = run_evaluate(run, task.evaluators["held_out"], step)
     print(
         f"held out, step {at}: loss {metrics['nll']:.4f} (perplexity {math.exp(metrics['nll']):.2f}), "

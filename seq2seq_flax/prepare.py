@@ -313,7 +313,8 @@ class _Filter:
                 )
             return "empty"
         shorter, longer = sorted((len(source), len(target)))
-        if longer + 1 + num_tags > config.max_length:
+        # A source asks for its language; with both directions, either side is one.
+        if 1 + max(len(source) + num_tags, len(target) + num_tags * config.both_directions) > config.max_length:
             return f"longer than {config.max_length} tokens"
         if self._strict and config.max_ratio is not None and longer > config.max_ratio * shorter:
             return f"lengths more than {config.max_ratio:g} : 1"

@@ -168,7 +168,8 @@ def gnmt() -> GNMTTranslateConfig:
     296,186,880 parameters with a vocabulary of 37,000. Adam at the paper's rate of 0.0002 throughout, without its SGD.
     """
     config = GNMTTranslateConfig(**_PAPER_LSTM, model=GNMTConfig())
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-4))
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=2e-4)
+    return dataclasses.replace(config, optimizer=optimizer, schedule=ScheduleConfig("constant", warmup_steps=200))
 
 
 def lstm_seq2seq_small() -> LSTMSeq2SeqTranslateConfig:

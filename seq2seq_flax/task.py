@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from core_flax.data.feed import prefetch
 from core_flax.hardware import compute_dtype
+from core_flax.sharding import same_share
 from core_flax.task import Cost, Evaluator, MetricSums, Task
 from core_flax.text.sentencepiece_model import SentencePiece
-from core_flax.types import Array, Batch, Params, Sums
+from core_flax.types import Array, Batch, Params, RowNumbers, Sums
 from seq2seq_flax.architectures import Model, axis_fields, flops_per_row, is_transformer, make_model, param_rules
 from seq2seq_flax.batches import PairBatches
 from seq2seq_flax.config import AnyTranslateConfig
@@ -36,12 +37,11 @@ def make_task(
     num_rows = config.train.batch_size
     pairs = PairBatches(train, config.inputs, num_rows, tokenizer.bos_id, row_multiple)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         def make_batch(step: int) -> Batch:
             batch = pairs.make_batch(step, config.seed)
-            share = len(batch["target_labels"]) // (num_rows // len(rows))
-            begin = rows.start // len(rows) * share
-            return {name: array[begin : begin + share] for name, array in batch.items()}
+            share = same_share(rows, num_rows, len(batch["target_labels"]))
+            return {name: array[share] for name, array in batch.items()}
 
         return prefetch(make_batch, start_step, config.train.num_steps)
 
@@ -73,7 +73,7 @@ def task_without_data(config: AnyTranslateConfig) -> Task:
     def loss_sums(params: Params, batch: Batch, key: Array | None) -> tuple[Sums, MetricSums]:
         return translation_sums(model, params, batch, key, config.inputs.label_smoothing)
 
-    def batches(start_step: int, rows: range) -> Generator[Batch, None, None]:
+    def batches(start_step: int, rows: RowNumbers) -> Generator[Batch, None, None]:
         raise AssertionError("a task without data has no batches")
 
     return Task(

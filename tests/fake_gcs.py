@@ -22,11 +22,13 @@ class Bucket:
 
     Attributes:
       refuse: methods that are answered 403, as to someone without a role.
+      unanswered: so many of the next writes are made, but answered 503.
     """
 
     url: str = ""
     objects: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     refuse: set[str] = field(default_factory=set)
+    unanswered: int = 0
     written: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     generations: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -101,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._check(name, query)
             self.bucket.objects[name] = next(self.bucket.generations), content
             self.bucket.written.append(name)
+            if self.bucket.unanswered:
+                self.bucket.unanswered -= 1
+                return self._send(503, {"error": {"code": 503, "message": "Service Unavailable"}})
             return self._send(200, self._about(name))
 
     def _upload(self, query, body):

@@ -21,8 +21,9 @@ from core_flax.data.feed import prefetch
 from core_flax.hardware import compute_dtype
 from core_flax.losses import cross_entropy_sums
 from core_flax.params import leaves
+from core_flax.sharding import same_share
 from core_flax.task import Cost, Evaluator, MetricSums, Outputs, Task
-from core_flax.types import Array, Batch, Params, Sums
+from core_flax.types import Array, Batch, Params, RowNumbers, Sums
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,16 @@ def make_task(
     )
 
 
-def _batches(packed: PackedUnits, config: FinetuneConfig, start_step: int, rows: range) -> Generator[Batch, None, None]:
+def _batches(
+    packed: PackedUnits, config: FinetuneConfig, start_step: int, rows: RowNumbers
+) -> Generator[Batch, None, None]:
     """This host's share of the rows of each batch, if ``rows`` are its share of the units."""
     batch_size = config.train.batch_size
 
     def make_batch(step: int) -> Batch:
         batch = packed.make_batch(step, batch_size, config.seed)
-        share = len(batch["tokens"]) // (batch_size // len(rows))
-        begin = rows.start // len(rows) * share
-        return {name: array[begin : begin + share] for name, array in batch.items()}
+        share = same_share(rows, batch_size, len(batch["tokens"]))
+        return {name: array[share] for name, array in batch.items()}
 
     return prefetch(make_batch, start_step, config.train.num_steps)
 

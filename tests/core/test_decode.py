@@ -270,6 +270,7 @@ def test_the_sum_of_log_probabilities_is_that_of_reading_it_all(model, params, n
         ({"beam_size": 0}, "--beam-size 0"),
         ({"beam_size": 3, "n_best": 4}, "--n-best 4 is more than --beam-size 3"),
         ({"length_penalty": math.nan}, "--length-penalty nan"),
+        ({"length_penalty": -60.0}, "--length-penalty -60.0: must be -10 or more"),
     ],
 )
 def test_searches_that_cannot_be(wrong, message):

@@ -329,6 +329,11 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     points = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert points == [(10, 1.0), (20, 2.0), (30, 7.0)]
     assert [event.value for event in events.Scalars("held_out/loss")] == [8.0]
+    anew = curves.open_tensorboard(tmp_path, 0)  # as after a kill before the first checkpoint
+    anew.write(10, {"train/loss": 9.0})
+    anew.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 9.0)]
     assert "tensorflow" not in sys.modules
 
 

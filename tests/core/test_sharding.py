@@ -189,9 +189,18 @@ def test_a_moment_of_another_shape_is_whole():
     assert placed["same"]["up"].spec == sharding.spec(("embed", "mlp")) and placed["other"]["up"].spec == P()
 
 
+@pytest.mark.parametrize("num_rows", [4, 8, 12, 16, 40])
+def test_the_share_of_a_batch_of_another_size(num_rows):
+    """Of four devices a host has the second and the last."""
+    for batch_size in (4, 8, 20):
+        of_devices = np.arange(batch_size).reshape(4, -1)[[1, 3]].ravel()
+        share = sharding.same_share(of_devices, batch_size, num_rows)
+        np.testing.assert_array_equal(share, np.arange(num_rows).reshape(4, -1)[[1, 3]].ravel())
+
+
 def test_batches_lie_by_rows():
     on = mesh(fsdp=2)
-    assert sharding.host_rows(8, on) == range(8)
+    np.testing.assert_array_equal(sharding.host_rows(8, on), range(8))
     x = np.arange(24).reshape(8, 3)
     placed = sharding.place_batch({"x": x}, 8, on)["x"]
     np.testing.assert_array_equal(placed, x)

@@ -214,6 +214,16 @@ def test_what_may_change(bert_flax, run):
     assert json.loads((run / "config.json").read_text())["config"]["train"]["num_steps"] == 8
 
 
+def test_evaluate_reads_all_that_is_held_out(call, run):
+    """However little of it training looked at."""
+    expected = call("evaluate", "--workdir", run)
+    stored = json.loads((run / "config.json").read_text())
+    stored["config"]["train"]["eval_batches"] = 1
+    (run / "config.json").write_text(json.dumps(stored))
+    done = call("evaluate", "--workdir", run)
+    assert (done.returncode, done.stdout) == (0, expected.stdout) and "masked tokens" in done.stdout
+
+
 def test_a_schedule_laid_out_over_the_run_fixes_its_length(call, bert_flax, run):
     """Without schedule.total_steps a linear schedule ends where the run ends."""
     stored = json.loads((run / "config.json").read_text())

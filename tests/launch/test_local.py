@@ -106,6 +106,28 @@ def test_without_a_launcher_the_others_end_and_name_the_one_that_was_killed(bert
     assert re.search(r"The following tasks are unhealthy \(stopped sending heartbeats\):\n1\n", err), err
 
 
+ALONE_FOR_LONG = """
+from core_flax import distributed
+from seq2seq_flax import numbers
+from seq2seq_flax.cli import main
+distributed.LEAVE_SECONDS = 1
+numbers._NUM_TRAINED, numbers._NUM_HELD_OUT = 60, 8
+main()
+"""
+
+
+def test_the_others_wait_while_the_first_translates_what_was_held_out(tmp_path):
+    """Which takes longer than a process that has gone is waited for."""
+    model = {"num-layers": 1, "width": 32, "num-heads": 2, "mlp-width": 64}
+    options = {f"model.{name}": value for name, value in model.items()}
+    options |= {"train.num-steps": 2, "train.eval-every-steps": 0, "schedule.warmup-steps": 1}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    with launch(sys.executable, "-c", ALONE_FOR_LONG, "train", "--workdir", tmp_path / "run", *flags) as launcher:
+        out, err = launcher.communicate(timeout=SECONDS)
+    assert (launcher.returncode, err) == (0, "")
+    assert "[0] exact match, beam 4: 0.0% of 8 numbers" in out and "[1]" not in out
+
+
 def test_a_signal_to_one_makes_all_save_the_same_step(bert_flax, tmp_path):
     with launch(*training(bert_flax, tmp_path, **LONG)) as launcher:
         wait_for(launcher, "step 3/")

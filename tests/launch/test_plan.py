@@ -390,12 +390,39 @@ def test_a_state_that_is_too_large_is_to_be_split_so_that_there_is_room_for_a_st
     [
         (["--batch=8", "--train.batch-size=8"], "--batch is short for --train.batch-size; give one of them"),
         (["--search", "--compilations=0"], "--compilations 0: must be 1 or more"),
+        (
+            ["--inputs.length=600", "--inputs.max-predictions=9"],
+            "--inputs.length 600 exceeds --model.max-length 512, the positions that the model has",
+        ),
     ],
 )
 def test_options_that_say_nothing_are_refused(capsys, options, wrong):
     with pytest.raises(SystemExit) as stop:
         main(["plan", "bert_tiny", "--topology=cpu:4", *options])
     assert (stop.value.code, capsys.readouterr().err) == (2, f"flax-launch: error: {wrong}\n")
+
+
+def test_a_plan_is_refused_as_the_training_would_be():
+    options = ["--topology", "cpu:4", "--inputs.length", "512"]
+    command = cli.parse(command_of("char_small"), options, "plan", defaults("char_small"))
+    with pytest.raises(UserError, match=r"--inputs\.length 512 exceeds --model\.max-length 64"):
+        settings("char_small", command, is_cpu=True)
+
+
+def test_what_a_preset_chose_for_another_optimizer_is_left_out():
+    """As training does; the preset has an epsilon, which lion has not."""
+    argv = ["--topology", "cpu:4", "--optimizer.name", "lion"]
+    command = cli.parse(command_of("bert_base"), argv, "plan", defaults("bert_base"))
+    assert command.optimizer.epsilon is not None
+    config = settings("bert_base", command, True, cli.options_given(command_of("bert_base"), argv))
+    assert config.optimizer.name == "lion" and config.optimizer.epsilon is None
+
+
+def test_the_two_cores_of_a_v4_chip_are_not_two_devices(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "bert_tiny", "--topology=v4:2x2x1"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "v4:2x2x1 cannot be planned for" in err
 
 
 def test_the_command_prints_a_plan(capsys):

@@ -227,6 +227,17 @@ def test_a_batch_whose_context_slides_goes_on_as_each_alone():
     assert list(batches(PROMPTS, how, None, 2)) == [range(2), range(2, 3)]
 
 
+def test_a_row_that_has_ended_does_not_move_the_others():
+    """Ended rows of every length, while others slide twice."""
+    made, prompt, how = generator(), np.array([1], np.int32), Continuation(40, seed=5, long="slide")
+    (*_, together) = continue_texts(made, [prompt] * 40, range(40), how, portion=40)
+    lengths = {len(row) for row in together}
+    assert len(lengths & set(range(8, 16))) > 1 and max(lengths) > 24
+    for number in range(8):
+        *_, (alone,) = continue_texts(made, [prompt], [number], how, portion=40)
+        assert together[number].tolist() == alone.tolist(), number
+
+
 def test_entries_beyond_the_vocabulary_are_never_drawn():
     """A table may be padded; the tokenizer knows nothing of what is behind its tokens."""
     whole, how = generator(), Continuation(15, Sampling(50.0))

@@ -118,6 +118,22 @@ def test_filters_count_what_they_leave_out(tmp_path):
     assert manifest.fingerprint == SentencePiece.load(tokenizer).fingerprint
 
 
+def test_the_piece_that_asks_for_a_language_counts_where_it_stands(tmp_path):
+    """It begins sources: a target may have its place, unless it is a source as well."""
+    source, target = write_files(tmp_path)
+    prepare(configure(tmp_path, train=(source, target), output=str(tmp_path / "made")))
+    tokenizer = SentencePiece.load(tmp_path / "made" / "tokenizer.model")
+    longest = max(len(tokenizer.encode([pair[1]])[0]) for pair in sentences(60)) + 1
+    short = tmp_path / "short"
+    short.write_text("the\n" * 60)
+    pairs = tuple((direction, str(short), target) for direction in ("en-de", "en-fr"))
+    settings = {"pair": pairs, "tokenizer": str(tmp_path / "made" / "tokenizer.model"), "max_length": longest}
+    one = prepare(configure(tmp_path, **settings, output=str(tmp_path / "one")))
+    both = prepare(configure(tmp_path, **settings, output=str(tmp_path / "both"), both_directions=True))
+    assert one.splits["train"].dropped == {} and one.splits["train"].target.longest == longest
+    assert f"longer than {longest} tokens" in both.splits["train"].dropped
+
+
 def test_the_same_words_in_another_language_were_not_seen_before(tmp_path):
     """Names and numbers, which are to be learned in every language."""
     files = write_files(tmp_path)

@@ -222,6 +222,15 @@ def test_evaluate_scores_what_it_writes(call, text, finished, tmp_path):
     assert perfect.stdout.startswith("BLEU = 100.00 ") and "chrF2 = 100.00" in perfect.stdout
 
 
+def test_evaluate_reads_all_that_is_held_out(call, finished, tmp_path):
+    """However little of it training looked at."""
+    expected, run = call("evaluate", "--workdir", finished).stdout, shutil.copytree(finished, tmp_path / "run")
+    stored = json.loads((run / "config.json").read_text())
+    stored["config"]["train"]["eval_batches"] = 1
+    (run / "config.json").write_text(json.dumps(stored))
+    assert call("evaluate", "--workdir", run).stdout == expected and "held out, step 6: loss" in expected
+
+
 def test_evaluate_without_the_data_says_so(call, finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     stored = json.loads((run / "config.json").read_text()) | {"data": str(tmp_path / "gone")}
