@@ -21,9 +21,11 @@ from jax.sharding import AbstractMesh
 from bert_flax.config import BertConfig, PretrainConfig
 from bert_flax.config import InputsConfig as PairInputs
 from core_flax import sharding
+from core_flax.agreement import Agreement
 from core_flax.config import MeshConfig, OptimizerConfig, TrainConfig
 from core_flax.params import leaves, path_of
 from core_flax.program import make_program
+from core_flax.signals import StopFlag
 from core_flax.types import UserError
 from launch.families import PRESETS
 from launch.hlo import read_work
@@ -300,6 +302,13 @@ def test_only_the_axes_that_are_meant_cross_slices(sizes):
 def test_slices_that_the_mesh_does_not_name_are_refused(sizes, devices, said):
     with pytest.raises(UserError, match=said):
         sharding.make_mesh(MeshConfig(**sizes), [FakeTpu(number) for number in range(devices)])
+
+
+def test_several_slices_settle_among_themselves_what_to_do(monkeypatch):
+    """Whatever the mesh of the run; it asks no slice to be named again."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    mesh = sharding.make_mesh(MeshConfig(dcn_data=2), [FakeTpu(number) for number in range(8)])
+    assert dict(Agreement(mesh, StopFlag())._rows.mesh.shape) == dict.fromkeys(sharding.MESH_AXES, 1) | {"data": 8}
 
 
 @pytest.mark.parametrize(
