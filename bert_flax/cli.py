@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -38,12 +39,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _prepare(argv: Sequence[str]) -> None:
     from bert_flax.prepare import PrepareConfig, prepare
+    from core_flax.data.records import VOCAB, PassageStore
+    from core_flax.text.wordpiece import WordPiece
 
     config = cli.parse(PrepareConfig, argv, f"{PROG} prepare", description="Turns text into ArrayRecord shards.")
     manifest = prepare(config)
-    print(f"{config.output}: vocabulary of {manifest.num_tokens:,} pieces")
+    fewer = config.vocab is None and manifest.num_tokens < config.vocab_size
+    asked = f", not {config.vocab_size:,}: the text has no more to learn" if fewer else ""
+    print(f"{config.output}: vocabulary of {manifest.num_tokens:,} pieces{asked}")
+    vocabulary = WordPiece.load(Path(config.output) / VOCAB, manifest.lowercase)
+    capitals = [piece for piece in vocabulary.pieces if piece != piece.lower() and not piece.startswith("[")]
+    if manifest.lowercase and capitals:
+        print(
+            f"  {len(capitals):,} pieces have capitals, such as {capitals[0]!r}: text that is lower-cased has none of"
+        )
+        print("  them; give --no-lowercase")
     for split, info in manifest.splits.items():
         print(f"  {split}: {info.documents:,} documents, {info.sentences:,} sentences, {info.tokens:,} tokens")
+        unknown = int(PassageStore(config.output, split).unigram[vocabulary.unk_id])
+        if unknown:
+            print(f"    {unknown:,} of them ({unknown / info.tokens:.2%}) are [UNK]: words the vocabulary cannot spell")
     if manifest.dropped_documents:
         print(f"  left out: {manifest.dropped_documents:,} documents of less than two sentences")
 

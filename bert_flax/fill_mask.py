@@ -19,6 +19,9 @@ def fill_mask(workdir: str, texts: Sequence[str], top: int, step: int | None = N
         raise UserError('give a text with [MASK] in it, such as "The [MASK] statement is used for debugging."')
     if not 1 <= top <= vocabulary.num_tokens:
         raise UserError(f"--top {top}: must be between 1 and the vocabulary's {vocabulary.num_tokens} tokens")
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"the text {text!r} is not UTF-8")
     encoded = vocabulary.encode(list(texts), specials=True)
     for text, ids in zip(texts, encoded, strict=True):
         if vocabulary.mask_id not in ids:

@@ -71,8 +71,10 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
     workdir = storage.folder("--workdir", command.workdir)
-    optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
-    asked = dataclasses.replace(settings_of(command, PretrainConfig), optimizer=optimizer)
+    preset = PRESETS[preset_name]()
+    optimizer = configs.with_optimizer_of(command.optimizer, preset.optimizer, given)
+    schedule = configs.with_schedule_of(command.schedule, preset.schedule, given)
+    asked = dataclasses.replace(settings_of(command, PretrainConfig), optimizer=optimizer, schedule=schedule)
     check_model(asked)
     check_settings(asked, PARAM_RULES)
     with only_run(workdir / LOCK, busy(workdir)):

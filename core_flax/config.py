@@ -247,6 +247,20 @@ def with_optimizer_of(config: OptimizerConfig, preset: OptimizerConfig, given: C
     return dataclasses.replace(config, **{name: None for name in names if f"--optimizer.{name}" not in given})
 
 
+def with_schedule_of(config: ScheduleConfig, preset: ScheduleConfig, given: Collection[str]) -> ScheduleConfig:
+    """The settings without what the preset chose for another shape than the one that was asked for; ``given`` likewise.
+
+    How long it warms up stays: that is a matter of the model.
+    """
+    if config.name == preset.name:
+        return config
+    defaults = {name: getattr(ScheduleConfig, name) for name in ("decay_steps", "final_fraction")}
+    if config.name in ("constant", "inverse_sqrt"):
+        defaults["total_steps"] = None
+    options = {name: f"--schedule.{name.replace('_', '-')}" for name in defaults}
+    return dataclasses.replace(config, **{name: x for name, x in defaults.items() if options[name] not in given})
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested dicts of JSON values."""
     return dataclasses.asdict(config)

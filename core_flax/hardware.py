@@ -58,8 +58,20 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def compute_capability() -> float:
+    """That of this machine's NVIDIA GPUs: 8.0 is Ampere's; 0 where there are none."""
+    try:
+        return float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    except ValueError:  # AMD's are names
+        return 0.0
+
+
 def compute_dtype(name: str) -> jnp.dtype:
-    """The type of TrainConfig.compute_dtype: "auto" is bfloat16 where matrix units have it, float32 on a CPU."""
+    """The type of TrainConfig.compute_dtype: "auto" is bfloat16 where matrix units have it.
+
+    That is neither on a CPU nor on GPUs before Ampere (V100, T4): there it is float32.
+    """
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        without = jax.default_backend() == "cpu" or 0 < compute_capability() < 8
+        name = "float32" if without else "bfloat16"
     return jnp.dtype(name)

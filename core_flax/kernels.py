@@ -102,6 +102,8 @@ class Call:
     causal: bool
     numbered: bool
     dropout: bool
+    capability: float = 0.0
+    """hardware.compute_capability, of a GPU."""
 
     def __str__(self) -> str:
         kinds = {"causal": self.causal, "padded or packed": self.numbered, "with dropout": self.dropout}
@@ -141,6 +143,7 @@ def choose(q_BLHK: Array, k_BMGK: Array, mask: Mask, dropout: bool) -> Kernel | 
         causal=mask.causal,
         numbered=mask.is_numbered,
         dropout=dropout,
+        capability=hardware.compute_capability(),
     )
     reasons = []
     for kernel in KERNELS:
@@ -261,8 +264,8 @@ def _on_each_device(local: Callable[..., Array], num_numbers: int) -> Callable[.
 
 
 def _cudnn_supports(call: Call) -> str | None:
-    if call.platform not in ("gpu", "cuda"):
-        return "needs an NVIDIA GPU"
+    if call.platform not in ("gpu", "cuda") or call.capability < 8:
+        return "needs an NVIDIA GPU, Ampere or newer"
     if call.dropout:
         return "its dropout would depend on the mesh"
     if call.numbered:

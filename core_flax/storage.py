@@ -62,6 +62,8 @@ def local_folder(option: str, name: str) -> Path:
     """The folder that an option names. Raises UserError if it names none, or one that is not a local file's."""
     if not name:
         raise UserError(f"{option} is empty; give a folder")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise UserError(f"{option} {name!r}: the name is not UTF-8; give another folder")
     if is_remote(name):
         raise UserError(f"{option} {name}: only local folders can be read and written here; mount it, or copy it")
     return Path(name)

@@ -10,7 +10,7 @@ import tyro
 from bert_flax import presets as bert_presets
 from bert_flax import pretrain
 from bert_flax import runs as bert_runs
-from core_flax.config import RunConfig, with_optimizer_of
+from core_flax.config import RunConfig, with_optimizer_of, with_schedule_of
 from core_flax.task import Task
 from lm_flax import presets as lm_presets
 from lm_flax import runs as lm_runs
@@ -92,7 +92,9 @@ def settings(name: str, command: Any, is_cpu: bool, given: Collection[str] = ())
     preset = PRESETS[name].presets[name]()
     cls = type(preset)
     config = cls(**{field.name: getattr(command, field.name) for field in dataclasses.fields(cls)})
-    config = dataclasses.replace(config, optimizer=with_optimizer_of(config.optimizer, preset.optimizer, given))
+    optimizer = with_optimizer_of(config.optimizer, preset.optimizer, given)
+    schedule = with_schedule_of(config.schedule, preset.schedule, given)
+    config = dataclasses.replace(config, optimizer=optimizer, schedule=schedule)
     PRESETS[name].check(config)
     model: Any = getattr(config, "model")  # noqa: B009 (every family's config has one, RunConfig has not)
     train = config.train

@@ -57,7 +57,7 @@ def make_model(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
 
 def init_params(model: Any, key: Array) -> Params:
     """Parameters to begin with."""
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def num_parameters(config: ModelConfig) -> int:

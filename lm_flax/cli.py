@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -36,14 +37,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _prepare(argv: Sequence[str]) -> None:
+    from lm_flax.data import TokenStore, load_tokenizer
+    from lm_flax.figures import share_unknown
     from lm_flax.prepare import PrepareConfig, prepare
 
     config = cli.parse(PrepareConfig, argv, f"{PROG} prepare", description="Turns text into streams of tokens.")
     manifest = prepare(config)
     print(f"{config.output}: vocabulary of {manifest.num_tokens:,} tokens")
+    tokenizer = load_tokenizer(Path(config.output), manifest)
     for split, info in manifest.splits.items():
         text = f"{info.characters:,} characters, {info.words:,} words"
         print(f"  {split}: {info.documents:,} documents, {info.tokens:,} tokens of {text}")
+        if unknown := share_unknown(TokenStore(config.output, split), tokenizer):
+            print(f"    {unknown:.2%} of the tokens are <unk>: the vocabulary does not have what stood there")
 
 
 def _train(argv: Sequence[str]) -> None:

@@ -56,6 +56,7 @@ class Manifest:
       splits: counts by the name of the split.
       files: size and SHA-256 of every other file in the folder.
       settings: what it was prepared from and how.
+      end_id: the token that ends documents, where the model that the tokenizer came with has said which.
     """
 
     fingerprint: str
@@ -63,6 +64,7 @@ class Manifest:
     splits: dict[str, SplitInfo]
     files: dict[str, dict[str, Any]]
     settings: dict[str, Any]
+    end_id: int | None = None
 
     @property
     def content(self) -> str:
@@ -165,7 +167,7 @@ class TokenStore:
 
 def load_tokenizer(directory: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer of a prepared folder. Raises UserError if it is not the one that the manifest names."""
-    found = tokenizers.load(directory)
+    found = tokenizers.load(directory, manifest.end_id)
     if found.fingerprint != manifest.fingerprint:
         raise UserError(f"{directory / found.file} is not the tokenizer of this folder; run prepare again")
     return found

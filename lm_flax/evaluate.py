@@ -53,6 +53,11 @@ def evaluate(command: EvaluateCommand) -> None:
     train, valid, found = runs.open_data(folder)
     if found.fingerprint != tokenizer.fingerprint:
         raise UserError(f"data folder {folder} was made with another tokenizer than the model in {run.workdir}")
+    if found.end_id != tokenizer.end_id:
+        raise UserError(
+            f"in data folder {folder} token {found.end_id} ends documents, for the model in {run.workdir} it is "
+            f"{tokenizer.end_id}; prepare it again with --tokenizer {run.workdir}"
+        )
     text = train if command.split == "train" else valid
     if text is None:
         raise UserError(f"{folder} holds out nothing: prepare it with --valid-fraction above 0, or give --split train")

@@ -43,6 +43,14 @@ def print_table(
     for name, (model, unigram) in in_units(metrics["loss"], train, text, tokenizer).items():
         print(f"{name:<28}{_figure(model):>12}{_figure(unigram):>14}")
     print(f"{'accuracy':<28}{metrics['accuracy']:>12.1%}")
+    if unknown := share_unknown(text, tokenizer):
+        print(f"({unknown:.2%} of the tokens are <unk>: no figure knows what stood there, so that bits per byte and")
+        print("perplexity are lower than those of a model that spells it)")
+
+
+def share_unknown(text: TokenStore, tokenizer: Tokenizer) -> float:
+    """How many of a text's tokens stand for what the vocabulary does not have, as a share."""
+    return 0.0 if tokenizer.unk_id is None else float(text.counts_V[tokenizer.unk_id] / max(1, text.info.tokens))
 
 
 def _figure(value: float) -> str:

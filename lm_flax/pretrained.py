@@ -1,5 +1,6 @@
 """Models of Hugging Face's in and out. What is imported is a run's folder with one checkpoint, of step 0."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, TrainConfig
 from core_flax.run import CHECKPOINTS, Run, new_folder
 from core_flax.state import TrainState
-from core_flax.types import UserError
+from core_flax.types import Params, UserError
 from core_flax.weight_files import read_json
 from lm_flax import runs, tokenizers
 from lm_flax.config import GPT2Run, InputsConfig, LlamaRun, LossConfig, kind_of
@@ -70,16 +71,25 @@ def export_hf(workdir: str, output: str, step: int | None) -> None:
     if not isinstance(run.config, GPT2Run | LlamaRun):
         raise UserError(f"{workdir} holds a model that transformers does not have; GPT-2's and Llama's can be exported")
     params, step = run.params(step)
-    arrays = jax.tree.map(np.asarray, dict(params))
+    arrays, model = jax.tree.map(np.asarray, dict(params)), run.config.model
+    if run.content:  # trained here: rows beyond the tokenizer stand for nothing, and their generate would draw them
+        arrays = _cut_tables(arrays, tokenizer.num_tokens)
+        model = dataclasses.replace(model, vocab_size=tokenizer.num_tokens)
     with storage.filling(home) as folder:
-        save_pretrained(folder, run.config.model, arrays, start_of(run, tokenizer), tokenizer.end_id)
+        save_pretrained(folder, model, arrays, start_of(run, tokenizer), tokenizer.end_id)
         tokenizer.save(folder / tokenizer.file)
         if about := tokenizers.about(tokenizer, start_of(run, tokenizer)):
             text = json.dumps(about, indent=2, ensure_ascii=False)
             (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    print(f"{output}: {_size(run.config.model, arrays)}, step {step}")
+    print(f"{output}: {_size(model, arrays)}, step {step}")
     if not tokenizers.is_common(tokenizer):
         print(f"  {tokenizer.file} is ours: transformers has no tokenizer of this kind")
+
+
+def _cut_tables(params: Params, num_rows: int) -> Params:
+    """The parameters with so many rows in each table of tokens."""
+    tables = {name: params[name] for name in ("token", "head") if name in params}
+    return {**params, **{name: {**x, "embedding": x["embedding"][:num_rows]} for name, x in tables.items()}}
 
 
 def _start(folder: Path, tokenizer: Tokenizer) -> int | None:

@@ -150,8 +150,10 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
       UserError: the settings do not fit each other, the data, the devices, or the run that the folder holds.
     """
     workdir = storage.folder("--workdir", command.workdir)
-    optimizer = configs.with_optimizer_of(command.optimizer, PRESETS[preset_name]().optimizer, given)
-    asked: Any = dataclasses.replace(settings_of(command, type(PRESETS[preset_name]())), optimizer=optimizer)
+    preset = PRESETS[preset_name]()
+    optimizer = configs.with_optimizer_of(command.optimizer, preset.optimizer, given)
+    schedule = configs.with_schedule_of(command.schedule, preset.schedule, given)
+    asked: Any = dataclasses.replace(settings_of(command, type(preset)), optimizer=optimizer, schedule=schedule)
     check_settings(asked, _rules(asked))
     check(asked)
     with only_run(workdir / LOCK, busy(workdir)):
@@ -164,7 +166,8 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
             data = _own_text(workdir, asked) if command.data is None else storage.local_folder("--data", command.data)
         store, held_out, tokenizer = open_data(data)
         config = with_vocabulary(asked, "--model.vocab-size" in given, tokenizer.num_tokens)
-        facts = {"tokenizer_file": tokenizer.file}
+        end_id = store.manifest.end_id  # which an imported model has named: the tokenizer alone does not know
+        facts = {"tokenizer_file": tokenizer.file, **({} if end_id is None else {"end_id": end_id})}
         content = store.manifest.content
         run = Run(workdir, kind_of(config), config, data.absolute(), content, tokenizer.fingerprint, facts)
         if old:

@@ -40,12 +40,14 @@ class Tokenizer(Protocol):
       file: name of its file in a folder.
       num_tokens: size of the vocabulary.
       end_id: what ends a document, and so stands before the next; None: nothing does.
+      unk_id: what stands for all that is not in the vocabulary; None: nothing does.
       is_words: whether tokens are words and line ends, so that loss per token is loss per word.
     """
 
     file: str
     num_tokens: int
     end_id: int | None
+    unk_id: int | None
     is_words: bool
 
     @property
@@ -88,6 +90,7 @@ class Characters:
         self._codes = np.array([ord(each) for each in characters], np.uint32)
         self.num_tokens = len(characters) + has_end
         self.end_id = len(characters) if has_end else None
+        self.unk_id: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -135,6 +138,7 @@ class Words:
         self._line_end = self._ids[END_OF_LINE]
         self.end_id: int | None = self._line_end
         self._unknown = self._ids[UNKNOWN]
+        self.unk_id: int | None = self._unknown
 
     @classmethod
     def of(cls, counts: Counter[str], vocab_size: int | None) -> "Words":
@@ -204,6 +208,7 @@ class BytePairs:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.num_tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.unk_id: int | None = None  # bytes spell everything
         found = [tokenizer.token_to_id(token) for token in _ENDS]
         self.end_id = next((number for number in [end_id, *found] if number is not None), None)
         if self.end_id is None:
@@ -261,7 +266,7 @@ class Pieces:
     def __init__(self, model: SentencePiece, end_id: int | None = None) -> None:
         self._model, self.num_tokens, self.start_id = model, model.num_tokens, model.bos_id
         self.end_id: int | None = model.eos_id if end_id is None else end_id
-        self.unk_id = model.unk_id
+        self.unk_id: int | None = model.unk_id
 
     @property
     def fingerprint(self) -> str:
@@ -336,7 +341,7 @@ def about(tokenizer: Tokenizer, start_id: int | None) -> dict[str, Any]:
     """
     if isinstance(tokenizer, Pieces):
         name: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
-        name["unk_token"] = tokenizer.token(tokenizer.unk_id)
+        name["unk_token"] = "" if tokenizer.unk_id is None else tokenizer.token(tokenizer.unk_id)
     elif isinstance(tokenizer, BytePairs):
         name = {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:

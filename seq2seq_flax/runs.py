@@ -122,7 +122,8 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
     """
     workdir, preset = storage.folder("--workdir", command.workdir), PRESETS[preset_name]()
     optimizer = configs.with_optimizer_of(command.optimizer, preset.optimizer, given)
-    asked = dataclasses.replace(settings_of(command, type(preset)), optimizer=optimizer)
+    schedule = configs.with_schedule_of(command.schedule, preset.schedule, given)
+    asked = dataclasses.replace(settings_of(command, type(preset)), optimizer=optimizer, schedule=schedule)
     check_settings(asked, param_rules(asked.model))
     with only_run(workdir / LOCK, busy(workdir)):
         old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None

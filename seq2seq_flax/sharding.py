@@ -12,7 +12,7 @@ _ATTENTION = _BLOCK + "(self_|cross_|)attention/"
 
 _TABLES = (
     Rule("embeddings_(token|source|target)/embedding",   "embedding", "vocab table_width"),               # VD
-    Rule("embeddings_output/embedding",                  "head",      "vocab table_width"),               # VD
+    Rule("embeddings_output/embedding",                  "head",      "vocab | table_width"),             # VD
 )
 
 PARAM_RULES = (

@@ -204,8 +204,11 @@ def _places(spec: TaskSpec, labels: Sequence[str] | None, init: str) -> list[int
         theirs, ours = ([case(label) for label in side] for side in (labels, spec.labels))
         if sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours):
             return [theirs.index(label) for label in ours]
-    if all(label.isdecimal() for label in ours) or theirs == [f"label_{place}" for place in as_they_are]:
-        return as_they_are  # numbers on one of the two sides: the names of the other do not count
+    if all(label.isdecimal() for label in ours):  # whose order among the labels is that of texts: 10 before 2
+        ranked = sorted(map(int, ours))
+        return [ranked.index(int(label)) for label in ours]
+    if theirs == [f"label_{place}" for place in as_they_are]:
+        return as_they_are  # numbers on their side: ours have names, in the task's order
     raise UserError(
         f"--keep-head: {init} has the labels {', '.join(labels)}; task {spec.name} has {', '.join(spec.labels)}"
     )

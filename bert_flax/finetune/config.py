@@ -43,9 +43,10 @@ class FinetuneSettings(RunConfig):
     """Evaluations on the dev set in each epoch, from which train.eval-every-steps follows; None: as given. The last
     step is always evaluated."""
     dropout: float | None = None
-    """Share dropped from the output of every sublayer and before the head; None: as in pretraining."""
+    """Share dropped from the output of every sublayer and before the head; None: as in pretraining, or in the
+    fine-tuning whose model is taken over."""
     attention_dropout: float | None = None
-    """Share dropped from attention probabilities; None: as in pretraining."""
+    """Share dropped from attention probabilities; None: likewise."""
     inputs: FinetuneInputs = FinetuneInputs()
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ class Table:
         """What is wrong with a row whose fields are not as many as the columns."""
         if len(fields) == len(self.names):
             return None
-        if fields == [""]:
+        if fields in ([], [""]):
             return f"{self.path}:{line} is blank"
         return f"{self.path}:{line} has {len(fields)} field{'s' * (len(fields) > 1)}, not {len(self.names)}"
 

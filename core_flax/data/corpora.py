@@ -25,6 +25,14 @@ _JSON_LINE_BYTES = 64 << 20
 """A JSON object is read whole, so its length is limited instead."""
 _DRAWING = re.compile(r"^[ \t]*([*=~^+|-])[*=~^+| -]{2,}$\n?", re.MULTILINE)
 
+_PACKED = {
+    b"\x1f\x8b": "gzipped; give it a name that ends in .gz",
+    b"BZh": "packed; unpack it with bunzip2",
+    b"\xfd7zXZ": "packed; unpack it with unxz",
+    b"PK\x03\x04": "packed; unpack it with unzip",
+}
+"""How such a file begins."""
+
 Progress = Callable[[int], object]
 """Told how many bytes of the input, as stored, were read since the last call."""
 
@@ -243,9 +251,13 @@ def _decode(name: str, number: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        packed = next((what for mark, what in _PACKED.items() if number == 1 and raw.startswith(mark)), None)
+        if packed:
+            raise UserError(f"{name} is no text but {packed}") from error
+        of = "UTF-16" if number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
         raise UserError(
             f"{name}:{number} is not UTF-8: byte {raw[error.start]:#04x} at position {error.start + 1} of the line; "
-            "convert the file, for example with iconv -f LATIN1 -t UTF-8"
+            f"convert the file, for example with iconv -f {of} -t UTF-8"
         ) from error
 
 

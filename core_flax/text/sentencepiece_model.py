@@ -153,7 +153,9 @@ def train(
 
 
 def _reason(message: str) -> str:
-    """SentencePiece's own words, without the place in its source that they begin with."""
+    """SentencePiece's own words, without the place in its source that they begin with, and an option it has itself."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"the texts have so many different characters that it takes {needed[1]}; choose that many at least"
     return re.sub(r"^.*?\) \[.*?\] ", "", message).strip().split("\n")[0] or "the texts give no pieces"
 
 

@@ -6,10 +6,14 @@ from typing import Literal
 SentenceMode = Literal["prose", "line"]
 
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
-# A run of end marks, closing quotes or brackets, a space, then something that can open a sentence. The look-ahead
-# captures the first letter or digit behind opening quotes and brackets, which must not be lower case. Looking behind
-# and giving nothing back (++) keep the time linear in long runs of dots.
-_BOUNDARY = re.compile(r"""(?<![.!?])([.!?]++["'”’»)\]]*+) (?=["'“‘«(\[]*+(\w)?)|[。！？]++[」』”’]*+ ?""")  # noqa: RUF001
+# A run of end marks, closing quotes or brackets (a French quote stands off by a space), a space, then what can open a
+# sentence. The look-ahead captures the first letter or digit behind opening quotes, brackets, dashes and Spanish
+# marks, which must not be lower case. Looking behind and giving nothing back (++) keep the time linear in long runs of
+# dots. Behind the full-width marks, the danda and the marks of Arabic and Urdu nothing need follow.
+_BOUNDARY = re.compile(
+    r"""(?<![.!?])([.!?]++(?:[ ]»)?+["'”’“‘›»)\]]*+)[ ](?=(?:«[ ]|[–—][ ]|["'“‘„«‹(\[¿¡–—])*+(\w)?)"""  # noqa: RUF001
+    r"""|[。！？।॥؟۔]++[」』”’]*+[ ]?"""  # noqa: RUF001
+)
 _LAST_WORD = re.compile(r"[\w.]*\w$")
 # Words whose full stop seldom ends a sentence even before a capital or a digit (titles, "No. 5", "p. 3").
 _ABBREVIATION = re.compile(

@@ -17,6 +17,7 @@ from core_flax.types import UserError
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIALS = (PAD, UNK, CLS, SEP, MASK)
+_FEW_CHARACTERS, _COVERAGE = 1000, 0.9995
 _MAX_WORD_CHARACTERS = 100
 """Longer words become [UNK], as in BERT's own tokenizer."""
 _LONG_RUN = re.compile(r"[^ \t\n\r]{1000}")
@@ -135,9 +136,10 @@ def train(texts: Sequence[str], vocab_size: int, lowercase: bool = True) -> Word
 
     The learner is that of the ``tokenizers`` package: merges of the most frequent pair, as for byte-pair encoding.
     Memory grows with the number of different words, so give it a sample of a large corpus. The special pieces come
-    first, then the most frequent characters (at most a quarter of the vocabulary, and 1000) by code point, then these
-    with ``##``, then what was learned, the most frequent first. Runs without white space are learned from in pieces of
-    1000 characters: words of more than 100 are [UNK] anyway.
+    first, then the most frequent characters (at most a quarter of the vocabulary; more than 1000 only as long as these
+    are not 99.95 % of the text, as in Chinese) by code point, then these with ``##``, then what was learned, the most
+    frequent first. Runs without white space are learned from in pieces of 1000 characters: words of more than 100 are
+    [UNK] anyway.
 
     Raises:
         UserError: ``vocab_size`` is too small to learn anything.
@@ -146,7 +148,7 @@ def train(texts: Sequence[str], vocab_size: int, lowercase: bool = True) -> Word
         raise UserError(f"--vocab-size {vocab_size} is too small; take at least 100 (BERT has 30522)")
     tokenizer = _tokenizer(models.WordPiece({}, unk_token=UNK))
     tokenizer.normalizer = _normalizer(lowercase)
-    characters = _characters(texts, tokenizer, min(1000, vocab_size // 4))
+    characters = _characters(texts, tokenizer, vocab_size // 4)
     # Left to itself the trainer numbers the ## characters in the order of a hash map, which differs from run to run,
     # and breaks ties by these numbers. Named as special tokens they have fixed numbers.
     inner = ["##" + character for character in characters if _continues(character, tokenizer)]
@@ -163,7 +165,10 @@ def train(texts: Sequence[str], vocab_size: int, lowercase: bool = True) -> Word
 
 
 def _characters(texts: Iterable[str], tokenizer: Tokenizer, limit: int) -> list[str]:
-    """The ``limit`` most frequent characters after normalisation, sorted; ties go to the lower code point."""
+    """The most frequent characters after normalisation, sorted; ties go to the lower code point.
+
+    At most ``limit``, and more than _FEW_CHARACTERS only until _COVERAGE of the text is made of them.
+    """
     raw_counts = np.zeros(0x110000, np.int64)
     for text in texts:
         codes, counts = np.unique(
@@ -175,7 +180,9 @@ def _characters(texts: Iterable[str], tokenizer: Tokenizer, limit: int) -> list[
         for character in tokenizer.normalizer.normalize_str(chr(code)).replace(" ", ""):
             counter[character] += int(raw_counts[code])
     ranked = sorted(counter, key=lambda character: (-counter[character], character))
-    return sorted(ranked[:limit])
+    spelt = np.cumsum([counter[character] for character in ranked])
+    enough = int(np.searchsorted(spelt, _COVERAGE * spelt[-1])) + 1 if len(spelt) else 0
+    return sorted(ranked[: min(limit, max(_FEW_CHARACTERS, enough))])
 
 
 def _continues(character: str, tokenizer: Tokenizer) -> bool:

@@ -214,6 +214,17 @@ def test_a_value_that_was_given_stays(argv):
     assert configs.with_optimizer_of(preset, preset, given) == preset
 
 
+def test_a_schedule_of_another_shape_is_without_what_the_preset_chose_for_its_own():
+    preset = ScheduleConfig("wsd", warmup_steps=10, total_steps=100, decay_steps=20, final_fraction=0.1)
+    cosine = configs.with_schedule_of(dataclasses.replace(preset, name="cosine"), preset, {"--schedule.name"})
+    assert cosine == ScheduleConfig("cosine", warmup_steps=10, total_steps=100)
+    given = {"--schedule.final-fraction", "--schedule.decay-steps"}
+    assert configs.with_schedule_of(dataclasses.replace(preset, name="cosine"), preset, given).final_fraction == 0.1
+    constant = configs.with_schedule_of(dataclasses.replace(preset, name="constant"), preset, set())
+    assert constant == ScheduleConfig("constant", warmup_steps=10)
+    assert configs.with_schedule_of(preset, preset, set()) == preset
+
+
 def test_given_options_are_no_values():
     argv = ["--optimizer.beta1", "-1", "--log.tensorboard", "--train.num_steps=5", "--mesh.data", "--seed"]
     names = {"--optimizer.beta1", "--log.tensorboard", "--train.num-steps", "--mesh.data"}

@@ -146,6 +146,12 @@ def test_python_documentation():
         ("absent.txt", None, "absent.txt does not exist"),
         ("empty.txt", "", "empty.txt holds no text"),
         ("blank.txt", " \n\n\t\n", "blank.txt holds no text"),
+        (
+            "packed.txt",
+            gzip.compress(b"text " * 50),
+            "packed.txt is no text but gzipped; .* ends in .gz",
+        ),
+        ("wide.txt", "Grüße".encode("utf-16"), "wide.txt:1 is not UTF-8: byte 0xff .*iconv -f UTF-16"),
         ("latin.txt", b"ascii\nGr\xfc\xdfe\n", "latin.txt:2 is not UTF-8: byte 0xfc at position 3 .*iconv"),
         ("bad.jsonl", '{"text": "a"}\n{"text": \n', "bad.jsonl:2 is not valid JSON"),
         (

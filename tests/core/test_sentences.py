@@ -25,6 +25,14 @@ from core_flax.text.sentences import split_sentences
         ("Été fini. Élan vital.", ["Été fini.", "Élan vital."]),
         ("एक वाक्य. दूसरा वाक्य.", ["एक वाक्य.", "दूसरा वाक्य."]),
         ("今日は。明日も！はい", ["今日は。", "明日も！", "はい"]),  # noqa: RUF001
+        ("यह एक वाक्य है। यह दूसरा है।", ["यह एक वाक्य है।", "यह दूसरा है।"]),
+        ("No lo sé. ¿Qué dices? ¡Hola! Adiós.", ["No lo sé.", "¿Qué dices?", "¡Hola!", "Adiós."]),
+        ("Er sagte: „Ja.“ Dann ging er. „Gut!“ Ende", ["Er sagte: „Ja.“", "Dann ging er.", "„Gut!“", "Ende"]),
+        (
+            "Il dit : « Oui. » Puis rien. « Non ! » Ah.",
+            ["Il dit : « Oui. »", "Puis rien.", "« Non ! »", "Ah."],
+        ),
+        ("He left. – She came. — And so on. – or not.", ["He left.", "– She came.", "— And so on. – or not."]),  # noqa: RUF001
         ("tokenised text . The next one .", ["tokenised text .", "The next one ."]),
         ("windows\r\nends\r\n\r\nhere", ["windows ends", "here"]),
         (" \n\n \n", []),

@@ -9,12 +9,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bert_flax import sharding as bert_sharding
 from core_flax import sharding
 from core_flax.config import MeshConfig, OptimizerConfig
 from core_flax.optim import make_optimizer
 from core_flax.params import ParamRule
 from core_flax.state import TrainState
 from core_flax.types import UserError
+from lm_flax import sharding as lm_sharding
+from seq2seq_flax import sharding as seq2seq_sharding
 
 PARAMS = {
     "table": jnp.zeros((12, 8)),
@@ -230,3 +233,17 @@ def test_table():
         (2, 16, 8),
         "P(None, ('tensor', 'sequence'), ('dcn_fsdp', 'fsdp'))",
     )
+
+
+TABLES = {
+    "bert": bert_sharding.PARAM_RULES,
+    **{f"lm {name}": rules for name, rules in vars(lm_sharding).items() if name.endswith("RULES")},
+    **{f"seq2seq {name}": rules for name, rules in vars(seq2seq_sharding).items() if name.endswith("RULES")},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_of_what_is_a_matrix_the_table_says_where_its_outputs_begin(table):
+    """Optimizers that look at rows and columns ask."""
+    kinds = [(rule.kind, rule.axes.count("|")) for rule in TABLES[table]]
+    assert kinds and all(bars == 1 for kind, bars in kinds if kind in ("matrix", "head"))

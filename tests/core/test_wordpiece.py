@@ -178,6 +178,17 @@ def test_training_keeps_the_frequent_characters():
     assert {"a", "b", "c", "d", "\u4e05", "\u4e00"} <= set(single)
 
 
+def test_what_takes_many_characters_gets_them():
+    """As Chinese does: 3000 of them, half of the text made of 500."""
+    codes = [*range(0x4E00, 0x4E00 + 500)] * 6 + [*range(0x4E00, 0x4E00 + 3000)]
+    vocabulary = wordpiece.train(["".join(map(chr, codes))], 20_000)
+    ids = np.array(vocabulary.encode(["".join(map(chr, codes))])[0])
+    assert vocabulary.num_tokens > 2990 and np.mean(ids == vocabulary.unk_id) < 0.001
+    # What is rare among few characters is left out as before.
+    rare = "".join(chr(code) for code in range(0x5E00, 0x5E00 + 1500))
+    assert wordpiece.train(["abc abd acd " * 10**6, rare], 20_000).num_tokens < 1020
+
+
 def test_training_twice_gives_the_same_vocabulary():
     """Also in another process: the trainer's hash maps have another order there."""
     script = (

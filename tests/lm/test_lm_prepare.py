@@ -12,6 +12,7 @@ import pytest
 from core_flax.data import folder
 from core_flax.types import UserError
 from lm_flax.data import SPLITS, Manifest, TokenStore, load_tokenizer
+from lm_flax.figures import share_unknown
 from lm_flax.prepare import PrepareConfig, prepare
 
 TEXT = "\n  First line,  two spaces.\n\n\nÄ second — “one”.\n \nlast without an end"
@@ -33,6 +34,28 @@ def written(size, seed=0):
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 7))) for _ in range(200)]
     return "\n".join(" ".join(draw.choices(words, k=draw.randint(0, 12))) for _ in range(size))
+
+
+def test_documents_end_as_the_model_of_the_tokenizer_has_it(tmp_path):
+    """Which only config.json beside the tokenizer says."""
+    home, manifest = made(tmp_path, tokenizer="bpe", vocab_size=300)
+    assert manifest.end_id is None
+    own, end = load_tokenizer(home, manifest).end_id, 65
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "tokenizer.json").write_bytes((home / "tokenizer.json").read_bytes())
+    (theirs / "config.json").write_text(json.dumps({"eos_token_id": [end, own]}))
+    again, manifest = made(tmp_path, name="again", tokenizer=str(theirs))
+    assert manifest.end_id == end == load_tokenizer(again, manifest).end_id
+    assert TokenStore(again, "train").tokens_T[-1] == end and TokenStore(home, "train").tokens_T[-1] == own
+    # And of what was prepared with it, another folder learns it.
+    assert made(tmp_path, name="third", tokenizer=str(again))[1].end_id == end
+
+
+def test_what_stands_for_nothing_is_counted(tmp_path):
+    home, manifest = made(tmp_path, "a b c d e f g h i\n" * 10, tokenizer="word", vocab_size=8)
+    share = share_unknown(TokenStore(home, "train"), load_tokenizer(home, manifest))
+    assert share == pytest.approx(3 / 10)
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "sentencepiece"])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_models import CONFIGS, random_params
 from tokenizers import Tokenizer, decoders, models, processors
@@ -11,7 +12,7 @@ from core_flax.types import UserError
 from lm_flax import tokenizers
 from lm_flax.generate import Generator
 from lm_flax.huggingface import CONFIG, save_pretrained
-from lm_flax.pretrained import export_hf, import_hf
+from lm_flax.pretrained import _cut_tables, export_hf, import_hf
 from lm_flax.runs import load_run
 from lm_flax.tokenizers import BytePairs
 
@@ -70,3 +71,12 @@ def test_what_is_no_tokenizer(tmp_path):
     text.write_text("no tokenizer")
     with pytest.raises(UserError, match=r"text\.txt \(Expecting value.*; give a tokenizer\.json"):
         tokenizers.load(text)
+
+
+def test_rows_that_no_token_has_stay_behind():
+    """A padded table; what is no table of tokens is whole."""
+    table = np.arange(10).reshape(5, 2)
+    cut = _cut_tables({"token": {"embedding": table}, "head": {"embedding": table}, "norm": {"scale": table}}, 3)
+    np.testing.assert_array_equal(cut["token"]["embedding"], table[:3])
+    np.testing.assert_array_equal(cut["head"]["embedding"], table[:3])
+    np.testing.assert_array_equal(cut["norm"]["scale"], table)

@@ -304,6 +304,13 @@ def test_labels_that_differ_in_capitals_alone():
         _places(spec, ("Us", "uS"), "folder")
 
 
+def test_labels_that_are_numbers_are_in_the_order_of_numbers():
+    """Not in that of texts, in which those of a table are: 0, 1, 10, 11, 2, ..."""
+    numbers = tuple(sorted(map(str, range(12))))
+    spec = dataclasses.replace(TASKS["rte"], labels=numbers)
+    assert _places(spec, tuple(f"LABEL_{number}" for number in range(12)), "folder") == [*map(int, numbers)]
+
+
 def test_recipes_are_told_apart_by_their_optimizer():
     assert settings_of(TASKS["mnli"]).optimizer == OptimizerConfig(learning_rate=2e-5)
 
