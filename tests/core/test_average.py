@@ -111,7 +111,7 @@ TASK = Task(
     init=lambda key: {"w": jax.random.normal(key, (8, 4))},
     loss_weights=lambda batch: {"loss": jnp.float32(len(batch["x"]))},
     loss_sums=loss_sums,
-    batches=lambda start, rows: ({"x": quadratic(step)[rows.start : rows.stop]} for step in range(start, 100)),
+    batches=lambda start, rows: ({"x": quadratic(step)[rows]} for step in range(start, 100)),
     param_rules=(ParamRule("w", "matrix", "embed | mlp"),),
     evaluators={"held_out": Evaluator(lambda: iter([{"x": quadratic(0)}]), held_out, objective="mean")},
 )

@@ -54,7 +54,7 @@ def carry():
 
 def batches(start, rows):
     for step in range(start, NUM_STEPS):
-        yield {name: x[rows.start : rows.stop] for name, x in batch_of(step).items()}
+        yield {name: x[rows] for name, x in batch_of(step).items()}
 
 
 TASK = Task(

@@ -49,7 +49,7 @@ def loss_sums(params, batch, key):
 def make_task(make_batch=batch_of, evaluators=()):
     def batches(start, rows):
         for step in range(start, CONFIG.train.num_steps):
-            yield {name: x[rows.start : rows.stop] for name, x in make_batch(step).items()}
+            yield {name: x[rows] for name, x in make_batch(step).items()}
 
     return Task(
         init=lambda key: {"line": {"kernel": jnp.zeros((4, 1)), "offset": jnp.zeros(1)}},

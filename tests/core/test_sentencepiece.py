@@ -66,7 +66,7 @@ def test_training_gives_the_same_model_in_another_process(algorithm):
     ("wrong", "says"),
     [
         (lambda: sentencepiece_model.train(TEXTS, 5000), r"--vocab-size 5000 cannot be had: Vocabulary size too high"),
-        (lambda: sentencepiece_model.train(TEXTS, 10), r"--vocab-size 10 cannot be had: Vocabulary size is smaller"),
+        (lambda: sentencepiece_model.train(TEXTS, 10), r"--vocab-size 10 cannot be had: .* takes 36;"),
         (lambda: sentencepiece_model.train([], 50), r"--vocab-size 50 cannot be had: the texts give no pieces"),
         (lambda: sentencepiece_model.train(TEXTS, 10**13), r"--vocab-size 10000000000000 cannot be had: .*as int"),
         (lambda: SentencePiece(b"no model", "x.model"), r"x.model is no SentencePiece model"),

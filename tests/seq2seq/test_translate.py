@@ -278,7 +278,7 @@ def test_text_that_is_not_utf8(call, tmp_path, piped):
         ({"batch_size": 0}, "--batch-size 0"),
         ({"beam_size": 3_000_000_000}, "--beam-size 3000000000: must be 1 or more and at most 65536"),
         ({"beam_size": 1, "length_penalty": 3}, "--beam-size 1 has nothing to choose from by --length-penalty"),
-        ({"length_penalty": "nan"}, "--length-penalty nan: must be a finite number"),
+        ({"length_penalty": "nan"}, "--length-penalty nan: must be -10 or more and at most 10"),
         ({"step": 3}, "step 3"),
         ({"workdir": "nowhere"}, "nowhere"),
         ({"input": "missing.txt"}, "missing.txt"),
