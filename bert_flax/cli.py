@@ -50,10 +50,8 @@ def _prepare(argv: Sequence[str]) -> None:
     vocabulary = WordPiece.load(Path(config.output) / VOCAB, manifest.lowercase)
     capitals = [piece for piece in vocabulary.pieces if piece != piece.lower() and not piece.startswith("[")]
     if manifest.lowercase and capitals:
-        print(
-            f"  {len(capitals):,} pieces have capitals, such as {capitals[0]!r}: text that is lower-cased has none of"
-        )
-        print("  them; give --no-lowercase")
+        print(f"  {len(capitals):,} pieces have capitals, such as {capitals[0]!r}, and lower-cased text has none:")
+        print("  give --no-lowercase")
     for split, info in manifest.splits.items():
         print(f"  {split}: {info.documents:,} documents, {info.sentences:,} sentences, {info.tokens:,} tokens")
         unknown = int(PassageStore(config.output, split).unigram[vocabulary.unk_id])

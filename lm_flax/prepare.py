@@ -19,7 +19,6 @@ from core_flax.data.feed import ordered_map
 from core_flax.storage import local_folder
 from core_flax.text.wordpiece import single_threaded
 from core_flax.types import UserError
-from core_flax.weight_files import read_json
 from lm_flax import tokenizers
 from lm_flax.data import SPLITS, Manifest, SplitInfo, TokenStore, TokenWriter
 from lm_flax.text import Input, Piece, Text
@@ -135,7 +134,7 @@ def _check(config: PrepareConfig) -> Tokenizer | None:
         return None
     if not Path(config.tokenizer).exists():
         raise UserError(f"--tokenizer {config.tokenizer} is no file; give one, or {', '.join(KINDS)}")
-    found = tokenizers.load(config.tokenizer, end_of(Path(config.tokenizer)))
+    found = tokenizers.load(config.tokenizer, tokenizers.end_of(Path(config.tokenizer)))
     if found.end_id is not None and found.end_id >= found.num_tokens:
         found = tokenizers.load(config.tokenizer)
     if config.vocab_size not in (None, found.num_tokens):
@@ -144,21 +143,6 @@ def _check(config: PrepareConfig) -> Tokenizer | None:
             f"{found.num_tokens} tokens; leave one out"
         )
     return found
-
-
-def end_of(path: Path) -> int | None:
-    """The token that ends documents, as the model or data say that a tokenizer lies beside; None: nothing there does.
-
-    Args:
-      path: a folder of ours or of Hugging Face's; of a file nothing is known.
-    """
-    for name, key in ((folder.MANIFEST, "end_id"), ("config.json", "end_id"), ("config.json", "eos_token_id")):
-        if path.is_dir() and (path / name).is_file():
-            found = read_json(path / name).get(key)
-            first = found[0] if isinstance(found, list) and found else found
-            if isinstance(first, int) and first >= 0:
-                return first
-    return None
 
 
 def _settings(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -175,7 +159,7 @@ def _settings(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, A
 
 
 def _known_end(config: PrepareConfig) -> int | None:
-    return None if config.tokenizer in KINDS else end_of(Path(config.tokenizer))
+    return None if config.tokenizer in KINDS else tokenizers.end_of(Path(config.tokenizer))
 
 
 def _already_prepared(directory: Path, settings: dict[str, Any]) -> Manifest:

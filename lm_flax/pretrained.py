@@ -104,10 +104,9 @@ def _start(folder: Path, tokenizer: Tokenizer) -> int | None:
 
 
 def _end(folder: Path, vocab_size: int) -> int | None:
-    """The token that config.json has end a text, of several the first; None: it names none of the vocabulary's."""
-    found = read_json(folder / CONFIG).get("eos_token_id")
-    first = found[0] if isinstance(found, list) and found else found
-    return first if isinstance(first, int) and 0 <= first < vocab_size else None
+    """The token that config.json has end a text; None: it names none of the vocabulary's."""
+    found = tokenizers.end_of(folder)
+    return found if found is not None and found < vocab_size else None
 
 
 def _size(config: Any, params: Any) -> str:

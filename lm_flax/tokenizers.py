@@ -18,9 +18,11 @@ from tokenizers import Tokenizer as PackageTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from core_flax import storage
+from core_flax.data.folder import MANIFEST
 from core_flax.text import sentencepiece_model
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import UserError
+from core_flax.weight_files import read_json
 
 Kind = Literal["char", "word", "bpe", "sentencepiece"]
 KINDS: tuple[Kind, ...] = ("char", "word", "bpe", "sentencepiece")
@@ -348,6 +350,21 @@ def about(tokenizer: Tokenizer, start_id: int | None) -> dict[str, Any]:
         return {}
     marks = {"bos_token": start_id, "eos_token": tokenizer.end_id}
     return name | {mark: tokenizer.token(number) for mark, number in marks.items() if number is not None}
+
+
+def end_of(path: Path) -> int | None:
+    """The token that ends documents, as the model or data say that a tokenizer lies beside; None: nothing there does.
+
+    Args:
+      path: a folder of ours or of Hugging Face's; of a file nothing is known.
+    """
+    for name, key in ((MANIFEST, "end_id"), ("config.json", "end_id"), ("config.json", "eos_token_id")):
+        if path.is_dir() and (path / name).is_file():
+            found = read_json(path / name).get(key)
+            first = found[0] if isinstance(found, list) and found else found
+            if isinstance(first, int) and first >= 0:
+                return first
+    return None
 
 
 def load(path: str | Path, end_id: int | None = None) -> Tokenizer:

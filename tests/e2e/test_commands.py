@@ -17,6 +17,8 @@ from bert_flax.prepare import PrepareConfig
 from bert_flax.presets import PRESETS
 from bert_flax.runs import PretrainCommand
 from core_flax.checkpoint import list_steps
+from core_flax.data.records import PassageStore
+from core_flax.text.wordpiece import SPECIALS
 
 COMMANDS = {
     "prepare": PrepareConfig,
@@ -80,6 +82,19 @@ def test_from_text_to_filled_masks(bert_flax, corpus, tmp_path):
     for line in filled:
         shares = [float(share) for share in re.findall(r"\S+ (\d+\.\d)%", line)]
         assert len(shares) == 3 and shares == sorted(shares, reverse=True)
+
+
+def test_prepare_says_what_a_vocabulary_lacks(call, corpus, tmp_path):
+    learned = call("prepare", "--input", corpus, "--output", tmp_path / "own", "--vocab-size", "30000")
+    assert learned.returncode == 0 and "pieces, not 30,000: the text has no more to learn" in learned.stdout
+    assert "[UNK]" not in learned.stdout and "capitals" not in learned.stdout
+    cased = tmp_path / "vocab.txt"
+    cased.write_text("".join(f"{piece}\n" for piece in (*SPECIALS, "The", "the", "##s", ".")))
+    given = call("prepare", "--input", corpus, "--output", tmp_path / "given", "--vocab", cased)
+    assert given.returncode == 0 and "1 pieces have capitals, such as 'The'" in given.stdout
+    store = PassageStore(tmp_path / "given", "train")
+    unknown, tokens = int(store.unigram[1]), store.manifest.splits["train"].tokens
+    assert f"    {unknown:,} of them ({unknown / tokens:.2%}) are [UNK]" in given.stdout and 0 < unknown < tokens
 
 
 def test_evaluate_here_and_there(call, finished_run, tmp_path):
