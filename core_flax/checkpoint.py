@@ -7,12 +7,14 @@ an older one has been restored in its place, becomes ``<step>.corrupt`` and is n
 
 import contextlib
 import errno
+import json
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,12 +22,15 @@ from etils import epath
 
 from core_flax import snapshot, storage
 from core_flax.config import CheckpointConfig
+from core_flax.distributed import first_does, first_tells
 from core_flax.snapshot import DamagedError
 from core_flax.state import TrainState
 from core_flax.types import Params, UserError
 
 Say = Callable[[str], None]
 T = TypeVar("T")
+_SEEN_SECONDS = 15
+"""How long what one host has written may take to be seen by another."""
 
 _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
 _COMMITTED = "commit_success.txt"  # Orbax's mark of a complete folder where a rename is not atomic (gs://)
@@ -96,15 +101,18 @@ class Checkpoints:
             return
         named = snapshot.named_leaves(state)
         needed = sum(x.size * x.dtype.itemsize for x in named.values())
-        free = _free_bytes(self.directory)
-        if free is not None and free < needed:
-            raise self._unsaved(step, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        first_does(lambda: self._check_space(step, needed))  # after it has deleted what need not stay
         # When Orbax's save returns, the bytes are on the host; those of CPU devices it reads in place, and JAX gives
         # a buffer that is held so to nobody else, donated or not.
         content = snapshot.content(step, named, metrics, notes)
         self._pending = step, needed
         with self._cleaning_up():
             self._writer.save(self.directory / str(step), args=content)
+
+    def _check_space(self, step: int, needed: int) -> None:
+        free = _free_bytes(self.directory)
+        if free is not None and free < needed:
+            raise self._unsaved(step, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
     def wait(self) -> None:
         """Wait until the last save is complete on disk, then delete what need not stay.
@@ -139,13 +147,22 @@ class Checkpoints:
           UserError: there are checkpoints and all are damaged, or the arrays are not those of ``abstract``.
         """
         self.wait()
-        found = _newest(self.directory, lambda folder: snapshot.read_state(folder, abstract))
+        # Each process reads its own part; that all have the same step, and that all could read it, they settle.
+        steps = json.loads(first_tells(lambda: json.dumps(self.steps())))
+        _await(self.directory, steps)
+        found = _newest(self.directory, lambda folder: snapshot.read_state(folder, abstract), steps)
         if found is None:
             return None
         state, step, damaged = found
-        for bad, reason in damaged.items():
-            moved = self._set_aside(bad)
-            self._say(f"checkpoint of step {bad} is damaged ({reason}): going back to step {step}; it is now {moved}")
+
+        def set_aside() -> None:
+            for bad, reason in damaged.items():
+                moved = self._set_aside(bad)
+                self._say(
+                    f"checkpoint of step {bad} is damaged ({reason}): going back to step {step}; it is now {moved}"
+                )
+
+        first_does(set_aside)
         return state, step
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -269,7 +286,7 @@ def load_params(
 
     if step is not None:
         return _exactly(root, step, read), step
-    found = _newest(root, read)
+    found = _newest(root, read, list_steps(root))
     if found is None:
         raise UserError(f"{root} holds no checkpoint; give the --workdir of a run that has saved one")
     params, newest, damaged = found
@@ -278,10 +295,12 @@ def load_params(
     return params, newest
 
 
-def _newest(root: epath.Path, read: Callable[[epath.Path], T]) -> tuple[T, int, dict[int, str]] | None:
+def _newest(
+    root: epath.Path, read: Callable[[epath.Path], T], steps: Sequence[int]
+) -> tuple[T, int, dict[int, str]] | None:
     """What ``read`` makes of the newest intact checkpoint, its step, and the reasons against newer ones by step."""
     damaged = {}
-    for step in reversed(list_steps(root)):
+    for step in reversed(steps):
         try:
             return read(root / str(step)), step, damaged
         except DamagedError as error:
@@ -292,6 +311,13 @@ def _newest(root: epath.Path, read: Callable[[epath.Path], T]) -> tuple[T, int, 
     raise UserError(
         f"no checkpoint in {root} is intact ({reasons}); put back a good copy of one, or start in a new workdir"
     )
+
+
+def _await(root: epath.Path, steps: Sequence[int]) -> None:
+    """Returns when these checkpoints are seen here, or are not to be: other hosts' folders may be a little behind."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not set(steps) <= set(list_steps(root)) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _exactly(root: epath.Path, step: int, read: Callable[[epath.Path], T]) -> T:

@@ -74,6 +74,8 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
         print(end="", flush=True)  # there may be no standard output
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+        if among := sys.modules.get("core_flax.distributed"):  # otherwise this process has never been one of several
+            among.tell_refusal(str(error))
         sys.exit(2)
     except Stopped as stop:
         print(f"{prog}: {stop}", file=sys.stderr)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src import distributed as _jax_distributed  # the coordination service has no public name; Orbax does the same
@@ -64,6 +65,10 @@ def join() -> None:
             if "should be defined" in str(error) or "must be defined" in str(error):
                 return  # a TPU of one host, outside of Google's cloud
             raise
+    if jax.default_backend() == "gpu":
+        # XLA's autotuning is shared among the processes that compile. Entries are written by the first one alone: it
+        # would find the program, and the others would wait for its share.
+        jax.config.update("jax_enable_compilation_cache", False)
     _keep_output_to_the_first()
 
 
@@ -194,6 +199,8 @@ def naming_the_lost() -> Iterator[None]:
 
 
 _calls = itertools.count()
+_REFUSED = "core_flax/refused"
+_LISTEN_MILLISECONDS = 1000
 
 
 def first_does(action: Callable[[], None]) -> None:
@@ -202,24 +209,80 @@ def first_does(action: Callable[[], None]) -> None:
     Raises:
       UserError: the first one's, in all of them.
     """
+
+    def done() -> str:
+        action()
+        return ""
+
+    first_tells(done)
+
+
+def first_tells(find: Callable[[], str]) -> str:
+    """What the first process finds, in all of them. Every process must come here, in the same order.
+
+    Raises:
+      UserError: the first one's, in all of them.
+    """
     if jax.process_count() == 1:
-        return action()
-    client, key = _jax_distributed.global_state.client, f"core_flax/first/{next(_calls)}"
+        return find()
+    key = f"core_flax/first/{next(_calls)}"
+    if not leads():
+        found = _hear(key, 0)
+        if found.startswith("!"):
+            raise UserError(found[1:])
+        return found[1:]
+    try:
+        found = find()
+    except UserError as error:
+        _client().key_value_set(key, f"!{error}")
+        raise
+    _client().key_value_set(key, f"={found}")
+    return found
+
+
+def agree(said: str) -> list[str]:
+    """What every process says here, by its number. Every process must come here, in the same order.
+
+    Raises:
+      UserError: that of a process which cannot come here.
+    """
+    if jax.process_count() == 1:
+        return [said]
+    key = f"core_flax/said/{next(_calls)}"
+    _client().key_value_set(f"{key}/{jax.process_index()}", f"={said}")
+    return [_hear(f"{key}/{number}", number)[1:] for number in range(jax.process_count())]
+
+
+def tell_refusal(why: str) -> None:
+    """Lets those that wait for this process know that it ends with a mistake of the user's, and with which."""
+    if jax.distributed.is_initialized():
+        with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):  # it may have been told before
+            _client().key_value_set(f"{_REFUSED}/{jax.process_index()}", why)
+
+
+def _client() -> Any:
+    client = _jax_distributed.global_state.client
     assert client is not None
-    if leads():
+    return client
+
+
+def _hear(key: str, number: int) -> str:
+    """What a process says under a key, however long it takes: that it has gone, its heartbeats would tell.
+
+    Raises:
+      UserError: it has been refused in the meantime.
+    """
+    while True:
         try:
-            action()
-        except UserError as error:
-            client.key_value_set(key, f"refused: {error}")
-            raise
-        client.key_value_set(key, "done")
-        return None
-    # However long it takes: that the first process has gone, its heartbeats would tell.
-    day = 24 * 3600 * 1000
-    outcome = client.blocking_key_value_get(key, day)
-    if outcome != "done":
-        raise UserError(outcome.removeprefix("refused: "))
-    return None
+            return _client().blocking_key_value_get(key, _LISTEN_MILLISECONDS)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        try:
+            why = _client().key_value_try_get(f"{_REFUSED}/{number}")
+        except (jax.errors.JaxRuntimeError, ValueError, KeyError):  # not found
+            continue
+        raise UserError(why)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from core_flax import sharding
 from core_flax.agreement import Agreement
 from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, RunConfig
-from core_flax.distributed import naming_the_lost
+from core_flax.distributed import first_tells, naming_the_lost
 from core_flax.logs import Interval
 from core_flax.program import Program, first_state
 from core_flax.recorder import GivenUp, Recorder, is_multiple
@@ -144,7 +145,7 @@ class Saver:
     def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
         """As ``Checkpoints.restore_latest``; the best loss seen is that of the checkpoints there are."""
         restored = self.checkpoints.restore_latest(abstract)
-        best = self.checkpoints.best_loss
+        best = json.loads(first_tells(lambda: json.dumps(self.checkpoints.best_loss)))
         self._best = math.inf if best is None else best
         return restored
 

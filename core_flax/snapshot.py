@@ -25,6 +25,7 @@ from etils import epath
 from flax import traverse_util
 
 from core_flax import storage
+from core_flax.distributed import agree
 from core_flax.params import path_of
 from core_flax.state import TrainState
 from core_flax.types import Array, Params, UserError
@@ -148,15 +149,23 @@ def read_manifest(folder: epath.Path) -> Manifest:
 
 
 def read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
-    """The state, its arrays placed by the shardings of ``abstract``.
+    """The state, its arrays placed by the shardings of ``abstract``. Every process must come here.
 
     Raises:
       DamagedError: not every bit is as it was saved.
       UserError: its arrays are not those of ``abstract``.
     """
-    manifest, wanted = read_manifest(folder), named_leaves(abstract)
-    _check_fit(manifest, wanted, folder)
-    arrays = _read_arrays(folder, manifest, wanted)
+    wanted, manifest, arrays, failure = named_leaves(abstract), {}, {}, ""
+    try:
+        manifest = read_manifest(folder)
+        _check_fit(manifest, wanted, folder)
+        arrays = _read_arrays(folder, wanted)
+    except DamagedError as error:
+        failure = str(error)
+    # What one process could not read none has: the bits are compared by all of them together.
+    if failures := list(filter(None, agree(failure))):
+        raise DamagedError(failures[0])
+    _check_bits(manifest, arrays)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
 
@@ -173,7 +182,9 @@ def read_params(folder: epath.Path, sharding: jax.sharding.Sharding | None) -> P
         for name, entry in manifest["arrays"].items()
         if name.startswith(f"{part}/")
     }
-    return _nested(_read_arrays(folder, manifest, wanted))[part]
+    arrays = _read_arrays(folder, wanted)
+    _check_bits(manifest, arrays)
+    return _nested(arrays)[part]
 
 
 def _check_fit(manifest: Manifest, wanted: Mapping[str, Any], folder: epath.Path) -> None:
@@ -195,10 +206,10 @@ def _check_fit(manifest: Manifest, wanted: Mapping[str, Any], folder: epath.Path
         )
 
 
-def _read_arrays(folder: epath.Path, manifest: Manifest, wanted: Mapping[str, Any]) -> dict[str, Array]:
-    """Arrays by name, placed as ``wanted`` says. Raises DamagedError unless every bit is as it was saved.
+def _read_arrays(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Array]:
+    """Arrays by name, placed as ``wanted`` says. Raises DamagedError if they cannot be read.
 
-    All processes must call it, unless the arrays are to lie on this one's devices alone.
+    A process reads what lies on its own devices and waits for nobody.
     """
     home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     how = {}
@@ -207,14 +218,12 @@ def _read_arrays(folder: epath.Path, manifest: Manifest, wanted: Mapping[str, An
         sharding.shard_shape(tuple(x.shape))  # raises where it does not divide, which would look like damage below
         how[name] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(x.shape), dtype=x.dtype)
     args = ocp.args.PyTreeRestore(item=_nested(wanted), restore_args=_nested(how), partial_restore=True)
-    together = ocp.options.MultiprocessingOptions()
-    if all(each.sharding.is_fully_addressable for each in how.values()):  # nobody else need know
-        here = jax.process_index()
-        together = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     _hide_stray_reports()
     try:
-        with ocp.Checkpointer(handler, multiprocessing_options=together) as reader:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             read = traverse_util.flatten_dict(reader.restore(folder / "arrays", args=args), sep="/")
         arrays = {name: read[name] for name in wanted}
     except Exception as error:  # whatever a reader of half a file may raise
@@ -222,10 +231,14 @@ def _read_arrays(folder: epath.Path, manifest: Manifest, wanted: Mapping[str, An
         if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in causes):
             raise  # that says nothing about the files
         raise DamagedError(f"its arrays cannot be read: {reason(causes[-1])}") from error
+    return arrays
+
+
+def _check_bits(manifest: Manifest, arrays: Mapping[str, Array]) -> None:
+    """Raises DamagedError unless every bit is as it was saved."""
     for name, fingerprint in fingerprints(arrays).items():
         if fingerprint != manifest["arrays"][name]["fingerprint"]:
             raise DamagedError(f"{name} does not have the bits that were saved")
-    return arrays
 
 
 def _hide_stray_reports() -> None:

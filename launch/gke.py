@@ -8,7 +8,7 @@ from typing import Any
 
 from core_flax.config import check_range
 from core_flax.types import UserError
-from launch.jobs import Job, JobOptions
+from launch.jobs import JOIN_WAIT, Job, JobOptions
 
 MACHINES: dict[str, tuple[str, int]] = {
     "v4": ("tpu-v4-podslice", 4),
@@ -84,6 +84,7 @@ def _pod(options: GkeCommand, argv: Sequence[str], selector: dict[str, str], chi
                 "name": "train",
                 "image": options.image,
                 "command": list(argv),
+                "env": [{"name": name, "value": value} for name, value in JOIN_WAIT.items()],
                 "ports": [{"containerPort": 8471}, {"containerPort": 8476}],
                 "resources": {"limits": {"google.com/tpu": chips}},
             }

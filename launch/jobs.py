@@ -11,6 +11,10 @@ from pathlib import Path
 from core_flax import storage
 from core_flax.types import UserError
 
+JOIN_WAIT = {"FLAX_JOIN_SECONDS": "3600"}
+"""Environment of processes that a cloud starts (core_flax.distributed.WAIT): its machines may come much later than each
+other, and one that gave up would end the job for good."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from core_flax.config import check_range
 from core_flax.types import UserError
-from launch.jobs import Job, JobOptions
+from launch.jobs import JOIN_WAIT, Job, JobOptions
 
 _ACCELERATOR = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 """TPU version -> (accelerator type, what its number counts for each chip: chips or cores)."""
@@ -78,7 +78,8 @@ def _head(options: TpuVmCommand, argv: Sequence[str]) -> list[str]:
         *(["--spot"] if options.spot else []),
     ]
     pid = f"~/.{options.name}.pid"  # of the process itself, so that it can be told to save
-    remote = " && ".join([f"echo $$ > {pid}", *filter(None, [options.setup]), f"exec {shlex.join(argv)}"])
+    wait = "export " + " ".join(f"{name}={value}" for name, value in JOIN_WAIT.items())
+    remote = " && ".join([f"echo $$ > {pid}", *filter(None, [options.setup]), wait, f"exec {shlex.join(argv)}"])
     return [
         "#!/bin/bash",
         f"name={shlex.quote(options.name)}",

@@ -20,7 +20,7 @@ from bert_flax.huggingface import Pretrained
 from core_flax import config as configs
 from core_flax import storage
 from core_flax.checkpoint import best_step, list_steps, load_params
-from core_flax.distributed import first_does, only_run
+from core_flax.distributed import agree, first_does, only_run
 from core_flax.loop import train
 from core_flax.params import leaves
 from core_flax.program import make_program
@@ -211,10 +211,12 @@ def run(
         row_multiple = ways_of_batch(make_mesh(config.mesh)) * config.train.num_microbatches
         learned = make_task(config, task.spec, data.train, data.held_out, pretrained.params, row_multiple)
         program = make_program(learned, config)
+        agree("")  # nothing is written unless every process has come so far
         first_does(new.save)
         print(_shapes(PackedUnits(data.train, config.inputs.max_length, row_multiple), config), flush=True)
         resumed, began = (folder / "checkpoints").exists(), time.perf_counter()
         train(learned, config, program, folder)
+        first_does(lambda: None)  # what it reads is the first one's to write
         result = _result(new, time.perf_counter() - began, resumed)
         first_does(lambda: result.save(folder))
         return result

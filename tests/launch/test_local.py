@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -149,6 +150,74 @@ def test_a_folder_that_another_run_writes_to_is_refused_by_all(bert_flax, tmp_pa
     lines = err.splitlines()
     assert {f"[0] {refusal}", f"[1] {refusal}"} >= {line for line in lines if line.startswith("[")} != set()
     assert len(lines) <= 3 and all(line.startswith("[") or "failed with exit status 2" in line for line in lines)
+
+
+ONE_DIFFERS = """
+import os, sys
+from bert_flax.cli import main
+first, other = sys.argv.pop(1).split("=>")
+if os.environ["JAX_PROCESS_ID"] == "1":
+    sys.argv = [argument.replace(first, other) for argument in sys.argv]
+main()
+"""
+
+
+def one_differs(bert_flax, workdir, first, other):
+    """Trains with two processes, in the second one's command line ``other`` in the place of ``first``."""
+    command = [sys.executable, "-c", ONE_DIFFERS, f"{first}=>{other}", *bert_flax.pretrain(workdir, **LONG)]
+    with launch(*command, devices=1) as launcher:
+        out, err = launcher.communicate(timeout=SECONDS)
+    return launcher.returncode, out, err
+
+
+def test_what_one_process_lacks_none_begins_without(bert_flax, tmp_path):
+    status, out, err = one_differs(bert_flax, tmp_path / "run", bert_flax.data, tmp_path / "gone")
+    assert (status, out) == (2, "") and err.count(str(tmp_path / "gone")) >= 2, err  # both say so
+    assert not list(tmp_path.glob("run/*.json")) and not list(tmp_path.glob("run/*.txt"))
+
+
+def test_a_process_with_other_data_is_found_out(bert_flax, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bert_flax.data, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    name = next(name for name in manifest["files"] if name.startswith("valid.index"))
+    manifest["files"][name]["sha256"] = "0" * 64  # as of another text
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    status, out, err = one_differs(bert_flax, tmp_path / "run", bert_flax.data, other)
+    assert (status, out) == (2, "") and "process 1 does not read the data of the first" in err, err
+
+
+def test_a_workdir_that_is_not_shared_is_found_out(bert_flax, tmp_path):
+    status, out, err = one_differs(bert_flax, tmp_path / "run", tmp_path / "run", tmp_path / "mine")
+    assert (status, out) == (2, "") and "is not the same folder for all processes: process 1 does not find" in err, err
+
+
+BEHIND = """
+import os
+from core_flax import checkpoint
+from bert_flax.cli import main
+if os.environ["JAX_PROCESS_ID"] == "1":  # as a shared folder may be for a while, or one that errs
+    checkpoint._SEEN_SECONDS, whole = 0.1, checkpoint.list_steps
+    checkpoint.list_steps = lambda directory: whole(directory)[:-1]
+    read = checkpoint.snapshot.read_manifest
+    def failing(folder):
+        if folder.name == "6":
+            raise checkpoint.DamagedError("input/output error")
+        return read(folder)
+    checkpoint.snapshot.read_manifest = failing
+main()
+"""
+
+
+def test_all_processes_go_on_from_the_same_step(bert_flax, finished_run, tmp_path):
+    """Though one cannot read the newest."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    with launch(sys.executable, "-c", BEHIND, *bert_flax.pretrain(run), devices=1) as launcher:
+        out, err = launcher.communicate(timeout=SECONDS)
+    assert launcher.returncode == 0, err
+    assert "[0] resumes at step 4" in out and "checkpoint of step 6 is damaged (input/output error)" in err
+    assert losses(run) == pytest.approx(losses(finished_run), abs=1e-5)
 
 
 def test_a_signal_to_the_launcher_is_passed_on_and_a_mistake_is_told():
