@@ -4,9 +4,10 @@
 
 The model, from any folder that ``seq2seq-flax export-hf`` reads, is exported as a MarianMTModel for both sides. They
 translate all sentences of the input, sorted by length, in batches of as many, with the same number of beams, no length
-penalty and the same limit of tokens; both stop a sentence when nothing better can come. Both work on token ids: text is
-cut beforehand. They take turns (see contest.py); medians over turns are compared, and how many translations are the
-same to the token: all but those that rounding decides. On a GPU theirs is in bfloat16 as well as ours.
+penalty and the same limit of tokens, ours each sentence by its own length; both stop a sentence when nothing better can
+come. Both work on token ids: text is cut beforehand. They take turns (see contest.py); medians over turns are compared,
+and how many translations are the same to the token: all but those that rounding decides. On a GPU theirs is in bfloat16
+as well as ours.
 
 Needs the extra [parity]. Writes everything to benchmarks/results.
 """
@@ -57,83 +58,56 @@ def sources(options: argparse.Namespace, tokenizer) -> list[list[list[int]]]:
     return [ids[begin : begin + options.batch] for begin in range(0, len(ids), options.batch)]
 
 
-def padded(batch: list[list[int]], bos_id: int, num_rows: int = 0, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, flags of real tokens) of a batch, padded on the right, with empty rows if ``num_rows`` asks for more."""
-    length = -(-max(map(len, batch)) // multiple) * multiple
-    tokens, valid = (
-        np.full((max(num_rows, len(batch)), length), bos_id),
-        np.zeros((max(num_rows, len(batch)), length), bool),
-    )
+def padded(batch: list[list[int]], bos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, flags of real tokens) of a batch, padded on the right."""
+    shape = len(batch), max(map(len, batch))
+    tokens, valid = np.full(shape, bos_id), np.zeros(shape, bool)
     for row, ids in enumerate(batch):
         tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
     return tokens, valid
 
 
-def limit(batch: list[list[int]]) -> int:
-    """Tokens that a translation of these sentences may have, on either side: one number for few compiled shapes."""
-    return 2 * (-(-max(map(len, batch)) // 8) * 8)
-
-
 class Ours:
-    """Beam search as ``seq2seq-flax translate`` runs it: shapes in steps of eight tokens, each compiled once."""
+    """As ``seq2seq-flax translate`` does it, from token ids to token ids."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import jax
-        import jax.numpy as jnp
 
-        from core_flax.beam import BeamSearch, beam_search
+        from core_flax.beam import BeamSearch
+        from core_flax.config import MeshConfig
         from core_flax.hardware import compute_dtype
+        from core_flax.sharding import make_mesh, replicated
+        from seq2seq_flax.decode import translate
         from seq2seq_flax.huggingface import load_pretrained
         from seq2seq_flax.model import Transformer
 
-        self.jax, pretrained = jax, load_pretrained(os.environ[EXPORTED])
-        tokenizer, dtype = pretrained.tokenizer, compute_dtype("auto")
-        model, self.params = Transformer(pretrained.config, dtype), jax.tree.map(jnp.asarray, pretrained.params)
-        self.batches, self.bos_id, self.num_rows = sources(options, tokenizer), tokenizer.bos_id, options.batch
-        search = BeamSearch(beam_size=options.beam_size, length_penalty=0.0)
-        allowed_V = jnp.arange(pretrained.config.vocab_size) != tokenizer.bos_id
-
-        @partial(jax.jit, static_argnames="length")
-        def translate(params, tokens_BM, valid_BM, length):
-            cache = model.apply({"params": params}, tokens_BM, valid_BM, length, method="start")
-            start_B1 = jnp.full((len(tokens_BM), 1), tokenizer.bos_id)
-            # A row without a sentence may generate nothing, so that it is waited for by none.
-            limit_B = jnp.where(valid_BM.any(axis=1), length, 0)
-            stop = (tokenizer.eos_id,)
-            return beam_search(
-                model,
-                params,
-                cache,
-                start_B1,
-                limit_B=limit_B,
-                length=length,
-                search=search,
-                stop=stop,
-                allowed_V=allowed_V,
-            )
-
-        self.translate = translate
+        pretrained, dtype = load_pretrained(os.environ[EXPORTED]), compute_dtype("auto")
+        tokenizer, mesh = pretrained.tokenizer, make_mesh(MeshConfig(), jax.local_devices()[:1])
+        self.translate = partial(
+            translate,
+            Transformer(pretrained.config, dtype),
+            jax.device_put(dict(pretrained.params), replicated(mesh)),
+            [ids for batch in sources(options, tokenizer) for ids in batch],
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            search=BeamSearch(beam_size=options.beam_size, length_penalty=0.0),
+            mesh=mesh,
+            batch_size=options.batch,
+        )
+        self.eos_id = tokenizer.eos_id
         self.facts = {
             "device": jax.devices()[0].device_kind,
             "backend": "cpu" if jax.default_backend() == "cpu" else "accelerator",
             "dtype": str(dtype),
             "model": repr(pretrained.config),
-            "sentences": sum(map(len, self.batches)),
+            "sentences": sum(map(len, sources(options, tokenizer))),
             "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         }
 
     def take(self) -> list[list[int]]:
         """The translation of every sentence, its end included."""
-        pending = []
-        for batch in self.batches:
-            tokens, valid = padded(batch, self.bos_id, self.num_rows, multiple=8)
-            found = self.translate(self.params, tokens, valid, length=limit(batch))
-            pending.append((len(batch), found.tokens_BCL, found.num_tokens_BC))
-        told = []
-        for count, tokens_BCL, num_tokens_BC in pending:
-            tokens, numbers = self.jax.device_get((tokens_BCL[:count, 0], num_tokens_BC[:count, 0]))
-            told += [each[:number].tolist() for each, number in zip(tokens, numbers, strict=True)]
-        return told
+        best = (several[0] for several in self.translate())
+        return [[*each.tokens, self.eos_id] if each.is_complete else [*each.tokens] for each in best]
 
 
 class Torch:
@@ -168,6 +142,8 @@ class Torch:
 
     def take(self) -> list[list[int]]:
         """The translation of every sentence, its end included."""
+        from seq2seq_flax.decode import longest_target
+
         told = []
         for batch in self.batches:
             tokens, valid = (self.torch.from_numpy(x).to(self.device) for x in padded(batch, self.bos_id))
@@ -179,7 +155,7 @@ class Torch:
                     length_penalty=0.0,
                     early_stopping=False,
                     max_length=None,
-                    max_new_tokens=limit(batch),
+                    max_new_tokens=longest_target(max(map(len, batch))),
                 )
             for ids in found[:, 1:].tolist():
                 end = ids.index(self.eos_id) + 1 if self.eos_id in ids else len(ids)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import flax.linen as nn
@@ -286,11 +287,13 @@ class SelfAttention(nn.Module):
         """
         q_BLHK, k_BLGK, v_BLGK = self._project(x_BLD)
         q_BLHK, k_BLGK = prepare(q_BLHK), prepare(k_BLGK)
-        if cache is not None:
-            cache = cache.write(layer, k_BLGK, v_BLGK)
-            k_BLGK, v_BLGK = cache.read(layer)
         dropout = Dropout(self.dropout_rate).draw(len(x_BLD), row_B=row_B, deterministic=deterministic)
-        mixed_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, dropout)
+        if cache is None:
+            mixed_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, dropout)
+        else:
+            cache = cache.write(layer, k_BLGK, v_BLGK)
+            look = partial(attend, q_BLHK, dropout=dropout)
+            mixed_BLHK = cache.look(layer, cast(Array, mask), look, x_BLD.shape[1])
         out = Linear(
             x_BLD.shape[-1:], self.out_init or self.kernel_init, self.dtype, self.use_bias, num_inputs=2, name="out"
         )

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 
 from core_flax import cache as caches
 from core_flax.config import check_range
-from core_flax.decode import Generation, begin, in_parts, is_stop, next_logits, proceed
-from core_flax.sampling import top_k
+from core_flax.decode import begin, in_parts, is_stop, next_logits, proceed
+from core_flax.sampling import top_k_of_rows
 from core_flax.types import Array, Params, UserError
 
 
@@ -75,19 +75,19 @@ class Hypotheses:
 
 
 @flax.struct.dataclass
-class _State:
+class Beams:
     """The search, in the middle of it: B sentences, K live sequences each, the best first."""
 
-    num_tokens: Array  # of every live sequence
+    num_tokens_B: Array  # of every live sequence
     tokens_BKL: Array
     log_probs_BK: Array  # -inf: none lives here
     last_BK: Array
+    limit_B: Array
     found: Hypotheses
     done_B: Array
     cache: Any
 
 
-@partial(jax.jit, static_argnames=("model", "length", "search", "stop"))
 def beam_search(
     model: nn.Module,
     params: Params,
@@ -101,7 +101,7 @@ def beam_search(
     stop: tuple[int, ...],
     allowed_V: Array | None = None,
 ) -> Hypotheses:
-    """The best sequences for each row.
+    """The best sequences for each row: ``greedy`` with one beam, else ``start_beams`` and ``run_beams`` to the end.
 
     Args:
       model: a module with ``extend`` and ``logits``.
@@ -115,75 +115,143 @@ def beam_search(
       stop: tokens that end a sequence.
       allowed_V: bool; False for tokens that must not come. Their probability is not given to the others. None: all may.
     """
-    start = begin(model, params, cache, prompts_BL, num_prompt_B, limit_B, length=length)
+    given = model, params, cache, prompts_BL, num_prompt_B, limit_B
     if search.beam_size == 1:
-        end = proceed(model, params, start, length, stop=stop, allowed_V=allowed_V)
-        return _greedy(end, search)
-    parts = in_parts(model, params)
-    state = jax.lax.while_loop(
-        lambda state: ~jnp.all(state.done_B),
-        lambda state: _step(model, parts, state, start.limit_B, search, stop, allowed_V),
-        _start(start, search),
-    )
-    return state.found
+        return greedy(*given, length=length, search=search, stop=stop, allowed_V=allowed_V)
+    beams = start_beams(*given, length=length, search=search)
+    return run_beams(model, params, beams, 0, search=search, stop=stop, allowed_V=allowed_V).found
 
 
-def _greedy(end: Generation, search: BeamSearch) -> Hypotheses:
+@partial(jax.jit, static_argnames=("model", "length", "search", "stop"))
+def greedy(
+    model: nn.Module,
+    params: Params,
+    cache: Any,
+    prompts_BL: Array,
+    num_prompt_B: Array | None = None,
+    limit_B: Array | None = None,
+    *,
+    length: int,
+    search: BeamSearch,
+    stop: tuple[int, ...],
+    allowed_V: Array | None = None,
+) -> Hypotheses:
+    """The search with one beam, which goes on from the most probable token; arguments are those of ``beam_search``."""
+    start = begin(model, params, cache, prompts_BL, num_prompt_B, limit_B, length=length)
+    end = proceed(model, params, start, length, stop=stop, allowed_V=allowed_V)
     scores_B = end.log_probs_B / search.divisor(end.num_tokens_B)
     return Hypotheses(end.tokens_BL[:, None], end.num_tokens_B[:, None], scores_B[:, None], end.log_probs_B[:, None])
 
 
-def _start(start: Generation, search: BeamSearch) -> _State:
-    """The prompts as the one live sequence of each sentence."""
-    (batch_size, length), beams = start.tokens_BL.shape, search.beam_size
-    none_BC = jnp.full((batch_size, search.n_best), -jnp.inf)
+@partial(jax.jit, static_argnames=("model", "length", "search"))
+def start_beams(
+    model: nn.Module,
+    params: Params,
+    cache: Any,
+    prompts_BL: Array,
+    num_prompt_B: Array | None = None,
+    limit_B: Array | None = None,
+    *,
+    length: int,
+    search: BeamSearch,
+) -> Beams:
+    """Reads the prompts, each the one live sequence of its sentence; arguments are those of ``beam_search``."""
+    start = begin(model, params, cache, prompts_BL, num_prompt_B, limit_B, length=length)
+    batch_size, beams = len(start.ended_B), search.beam_size
+    none_BC = jnp.full((batch_size, search.n_best), -jnp.inf, jnp.float32)
     found = Hypotheses(
         jnp.zeros((*none_BC.shape, length), jnp.int32), jnp.zeros(none_BC.shape, jnp.int32), none_BC, none_BC
     )
-    return _State(
-        num_tokens=jnp.int32(0),
+    return Beams(
+        num_tokens_B=jnp.zeros(batch_size, jnp.int32),
         tokens_BKL=jnp.zeros((batch_size, beams, length), jnp.int32),
-        log_probs_BK=jnp.full((batch_size, beams), -jnp.inf).at[:, 0].set(0.0),
+        log_probs_BK=jnp.full((batch_size, beams), -jnp.inf, jnp.float32).at[:, 0].set(0.0),
         last_BK=jnp.repeat(start.last_B[:, None], beams, axis=1),
+        limit_B=start.limit_B,
         found=found,
         done_B=start.ended_B,
         cache=caches.fork(start.cache, beams),
     )
 
 
+@partial(jax.jit, static_argnames=("model", "search", "stop"), donate_argnames="beams")
+def run_beams(
+    model: nn.Module,
+    params: Params,
+    beams: Beams,
+    most_live: Array | int = 0,
+    *,
+    search: BeamSearch,
+    stop: tuple[int, ...],
+    allowed_V: Array | None = None,
+) -> Beams:
+    """Searches on until no more than ``most_live`` sentences are not done; what is given is used up.
+
+    Others can then take the places of those that are (``refill``), so that none of the steps is for a few sentences.
+    """
+    parts = in_parts(model, params)
+    return jax.lax.while_loop(
+        lambda beams: jnp.sum(~beams.done_B) > most_live,
+        lambda beams: _step(model, parts, beams, search, stop, allowed_V),
+        beams,
+    )
+
+
+@partial(jax.jit, donate_argnames="beams")
+def refill(beams: Beams, others: Beams, into_B: Array, from_B: Array) -> Beams:
+    """With sentences of other searches of the same sizes in the place of some; what is given first is used up.
+
+    Args:
+      beams: a search.
+      others: another, of a batch of the same shape.
+      into_B: rows of the one that are written; a number beyond its rows is none.
+      from_B: what rows of the other take their places.
+    """
+    num_sentences = len(beams.done_B)
+
+    def put(x: Array, other: Array) -> Array:
+        """Rows of a sentence stand together, one or as many as beams."""
+        rows, new = (each.reshape(num_sentences, -1, *x.shape[1:]) for each in (x, other))
+        return rows.at[into_B].set(new[from_B], mode="drop").reshape(x.shape)
+
+    return jax.tree.map(put, beams, others)
+
+
 def _step(
     model: nn.Module,
     params: Params,
-    state: _State,
-    limit_B: Array,
+    state: Beams,
     search: BeamSearch,
     stop: tuple[int, ...],
     allowed_V: Array | None,
-) -> _State:
+) -> Beams:
     """Every live sequence with one more token, where the sentence is not done."""
-    beams, num_tokens, done_B = search.beam_size, state.num_tokens + 1, state.done_B
+    beams, done_B, limit_B = search.beam_size, state.done_B, state.limit_B
+    num_tokens_B = state.num_tokens_B + ~done_B
     goes_on_B = jnp.repeat(~done_B, beams, total_repeat_length=state.last_BK.size)
     logits_BV, cache = next_logits(model, params, state.last_BK.reshape(-1), state.cache, goes_on_B)
     # So many that, even if each sequence could stop in every way there is, K that do not are among them.
     num_best = (1 + max(1, len(stop))) * beams
     log_probs, parents, tokens = _continuations(logits_BV, state.log_probs_BK, num_best, allowed_V)
 
-    complete = is_stop(tokens, stop) | (num_tokens >= limit_B)[:, None]
+    complete = is_stop(tokens, stop) | (num_tokens_B >= limit_B)[:, None]
     sequences_BKL = jnp.take_along_axis(state.tokens_BKL, parents[..., None], axis=1)
-    sequences_BKL = jax.lax.dynamic_update_slice_in_dim(sequences_BKL, tokens[..., None], num_tokens - 1, axis=2)
+    here_BL = jnp.arange(sequences_BKL.shape[2]) == (num_tokens_B - 1)[:, None]
+    sequences_BKL = jnp.where(here_BL[:, None], tokens[..., None], sequences_BKL)
     ending = jnp.where(complete & ~done_B[:, None], log_probs, -jnp.inf)[:, :beams]
-    found = _with_found(state.found, ending, sequences_BKL[:, :beams], num_tokens, search)
+    found = _with_found(state.found, ending, sequences_BKL[:, :beams], num_tokens_B[:, None], search)
 
     live_BK, chosen_BK = jax.lax.top_k(jnp.where(complete, -jnp.inf, log_probs), beams)
     parents_BK, last_BK = (jnp.take_along_axis(x, chosen_BK, axis=1) for x in (parents, tokens))
-    bound_B = live_BK[:, 0] / jnp.maximum(search.divisor(num_tokens + 1), search.divisor(limit_B))
-    return _State(
-        num_tokens=num_tokens,
+    bound_B = live_BK[:, 0] / jnp.maximum(search.divisor(num_tokens_B + 1), search.divisor(limit_B))
+    return Beams(
+        num_tokens_B=num_tokens_B,
         tokens_BKL=jnp.take_along_axis(sequences_BKL, chosen_BK[..., None], axis=1),
         log_probs_BK=live_BK,
         last_BK=last_BK,
+        limit_B=limit_B,
         found=found,
-        done_B=done_B | (found.scores_BC[:, -1] >= bound_B) | (num_tokens >= limit_B),
+        done_B=done_B | (found.scores_BC[:, -1] >= bound_B) | (num_tokens_B >= limit_B),
         cache=caches.reorder(cache, parents_BK),
     )
 
@@ -195,25 +263,25 @@ def _continuations(
 
     A sequence's log-probabilities differ from its logits by one number, so its best are found without computing them.
     """
-    vocab_size, totals_B = logits_BV.shape[-1], jax.nn.logsumexp(logits_BV, axis=-1)
-    if allowed_V is not None:
-        logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
-    each, tokens = top_k(logits_BV, min(num_best, vocab_size))
-    log_probs = live_BK[..., None] + (each - totals_B[:, None]).reshape(*live_BK.shape, -1)
-    shape = len(live_BK), log_probs[0].size
-    best, places = jax.lax.top_k(log_probs.reshape(shape), min(num_best, shape[1]))
-    parents = (places // each.shape[1]).astype(jnp.int32)
-    return best, parents, jnp.take_along_axis(tokens.reshape(shape), places, axis=1)
+    totals_BK = jax.nn.logsumexp(logits_BV, axis=-1).reshape(live_BK.shape)
+    vocab_size = logits_BV.shape[-1]
+    banned_V = jnp.zeros(vocab_size) if allowed_V is None else jnp.where(allowed_V, 0.0, -jnp.inf)
+    return top_k_of_rows(
+        logits_BV.reshape(*live_BK.shape, vocab_size),
+        live_BK - totals_BK,
+        banned_V,
+        min(num_best, live_BK.shape[1] * vocab_size),
+    )
 
 
 def _with_found(
-    found: Hypotheses, log_probs: Array, tokens_BKL: Array, length: Array, search: BeamSearch
+    found: Hypotheses, log_probs: Array, tokens_BKL: Array, length_B1: Array, search: BeamSearch
 ) -> Hypotheses:
-    """The best of what was found before and of these sequences of ``length`` tokens, -inf standing for none."""
+    """The best of what was found before and of these sequences, -inf standing for none; length: tokens of each."""
     num_before = found.scores_BC.shape[1]
-    both = jnp.concatenate([found.scores_BC, log_probs / search.divisor(length)], axis=1)
+    both = jnp.concatenate([found.scores_BC, log_probs / search.divisor(length_B1)], axis=1)
     scores_BC, places = jax.lax.top_k(both, num_before)
-    lengths = jnp.where(log_probs > -jnp.inf, length, 0)
+    lengths = jnp.where(log_probs > -jnp.inf, length_B1, 0)
 
     def choose(old: Array, new: Array) -> Array:
         at = places if old.ndim == 2 else places[..., None]

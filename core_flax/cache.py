@@ -36,7 +36,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from core_flax import hardware
 from core_flax.types import Array
+
+_PARTS = 4
+"""A CPU looks at as many of so many parts of a cache as are in use ..."""
+_SMALL_PART = 2
+"""... unless they would have fewer positions than this."""
 
 
 @flax.struct.dataclass
@@ -108,9 +114,33 @@ class KeyValueCache:
 
         return dataclasses.replace(self, keys=written(self.keys, k_BLGK), values=written(self.values, v_BLGK))
 
-    def read(self, layer: int) -> tuple[Array, Array]:
-        """A layer's keys and values, [B, M, G, K] both; after a fork [B / F, M * F, G, K]."""
-        return self.keys[layer].swapaxes(1, 2), self.values[layer].swapaxes(1, 2)
+    def look(self, layer: int, mask: Array, attend: Callable[[Array, Array, Array], Array], length: int) -> Array:
+        """What ``attend`` makes of a layer's keys, values and the mask, where the next ``length`` tokens may look.
+
+        Keys and values are [B, M, G, K]; after a fork [B / F, M * F, G, K]. On a CPU, M is not all there is room for
+        but what is in use, rounded up to a fourth of that: empty slots take as long to be read as others.
+
+        Args:
+          layer: which one.
+          mask: that of ``mask(length)``, or one with as many slots.
+          attend: from keys, values and mask to an array whose shape depends on none of their lengths.
+          length: tokens a row that have been written since the last ``advance``.
+        """
+        num_positions = self.keys[layer].shape[2] // self.num_forks
+        ends = [num_positions]
+        if hardware.platform() == "cpu" and num_positions >= _PARTS * _SMALL_PART:
+            ends = [-(-num_positions * (part + 1) // _PARTS) for part in range(_PARTS)]
+
+        def up_to(end: int) -> Callable[[], Array]:
+            def attended() -> Array:
+                slots = end * self.num_forks
+                keys, values = (x[layer][:, :, :slots].swapaxes(1, 2) for x in (self.keys, self.values))
+                return attend(keys, values, mask[..., :slots])
+
+            return attended
+
+        in_use = jnp.max(self.num_tokens_B) + length
+        return jax.lax.switch(jnp.sum(in_use > jnp.array(ends[:-1], jnp.int32)), [up_to(end) for end in ends])
 
     def advance(self, num_tokens_B: Array | int) -> "KeyValueCache":
         """With the tokens counted that every layer has written."""

@@ -107,21 +107,41 @@ def _inverse(sums: Array, chance: Array) -> Array:
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The k largest of x [..., V] and their indices, largest first, the lower index first where they are equal.
 
-    As jax.lax.top_k, which on a CPU takes longer for one row of a vocabulary than a small model: the k largest lie in
-    the k blocks with the largest maxima, so that most of the work is to find maxima.
+    As jax.lax.top_k, which on a CPU takes longer for one row of a vocabulary than a small model.
     """
-    size = x.shape[-1]
-    if size < 4 * k * _BLOCK:
-        values, places = jax.lax.top_k(x, k)
-        return values, places.astype(jnp.int32)
-    # Blocks that come out even need no copy.
-    width = max((each for each in range(_BLOCK // 2, 2 * _BLOCK) if size % each == 0), default=_BLOCK)
-    if size % width:
-        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -size % width),), constant_values=-jnp.inf)
-    blocks = x.reshape(*x.shape[:-1], -1, width)
-    _, best = jax.lax.top_k(jnp.max(blocks, axis=-1), k)
+    rows = x.reshape(-1, 1, x.shape[-1])
+    values, _, indices = top_k_of_rows(rows, jnp.zeros(rows.shape[:2]), jnp.zeros(rows.shape[2]), k)
+    return values.reshape(*x.shape[:-1], -1), indices.reshape(*x.shape[:-1], -1)
+
+
+def top_k_of_rows(x_BKV: Array, row_BK: Array, column_V: Array, k: int) -> tuple[Array, Array, Array]:
+    """The k largest of x + row_BK + column_V among K rows together: (values, rows, columns), each [B, k], in order.
+
+    Where they are equal the lower row comes first, then the lower column. The k largest lie in the k blocks with the
+    largest maxima, so that most of the work is to find maxima, and nothing as large as x is written.
+    """
+    (batch_size, num_rows, size), dtype = x_BKV.shape, x_BKV.dtype
+    width = size
+    if num_rows * size >= 4 * k * _BLOCK:
+        # Blocks that come out even need no copy.
+        width = max((each for each in range(_BLOCK // 2, 2 * _BLOCK) if size % each == 0), default=_BLOCK)
+    padding = -size % width
+    if padding:
+        x_BKV = jnp.pad(x_BKV, ((0, 0), (0, 0), (0, padding)))
+        column_V = jnp.pad(column_V, (0, padding), constant_values=-jnp.inf)
+    columns = column_V.astype(dtype).reshape(-1, width)
+    blocks, num_blocks = x_BKV.reshape(batch_size, num_rows, -1, width), len(columns)
+    maxima = (jnp.max(blocks + columns, axis=-1) + row_BK[..., None]).reshape(batch_size, -1)
+    best = jax.lax.top_k(maxima, min(k, maxima.shape[1]))[1]
     best = jnp.sort(best, axis=-1)  # so that equal values stay in the order of their indices
-    near = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*x.shape[:-1], k * width)
-    values, places = jax.lax.top_k(near, k)
-    indices = jnp.take_along_axis(best, places // width, axis=-1) * width + places % width
-    return values, indices.astype(jnp.int32)
+    # Summed as the maxima are, to the last bit.
+    near = _take(blocks.reshape(batch_size, -1, width), best[..., None]) + columns[best % num_blocks]
+    near += _take(row_BK, best // num_blocks)[..., None]
+    values, places = jax.lax.top_k(near.reshape(batch_size, -1), min(k, near[0].size))
+    block = _take(best, places // width)
+    column = jnp.minimum(block % num_blocks * width + places % width, size - 1)  # what is -inf may lie in the padding
+    return values, (block // num_blocks).astype(jnp.int32), column.astype(jnp.int32)
+
+
+def _take(x: Array, indices: Array) -> Array:
+    return jnp.take_along_axis(x, indices, axis=1, mode="promise_in_bounds")

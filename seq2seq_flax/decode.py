@@ -1,6 +1,6 @@
 """Translating many sentences at once: sorted by length, in batches of a few shapes, and put back in order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from core_flax import cache as caches
 from core_flax import sharding
-from core_flax.beam import BeamSearch, Hypotheses, beam_search
+from core_flax.beam import Beams, BeamSearch, Hypotheses, beam_search, refill, run_beams, start_beams
 from core_flax.decode import Generation, generate, row_keys
 from core_flax.sampling import Sampling
 from core_flax.types import Array, Params
@@ -93,31 +93,114 @@ def translate(
     allowed_V[[bos_id, *banned]] = False
     allowed_V[eos_id] = True  # in some folders of Hugging Face's a translation begins with what ends it
     order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
+    batches = (order[begin : begin + num_rows] for begin in range(0, len(order), num_rows))
+    job = _Job(model, params, allowed_V, bos_id, eos_id, search, mesh, first_number)
+    padded = ((numbers, _padded([sources[number] for number in numbers], num_rows, bos_id)) for numbers in batches)
+    # Sentences change places among the rows of one device; from one to another they would have to be sent.
+    refilled = ways == 1 and isinstance(search, BeamSearch) and search.beam_size > 1
     found: dict[int, list[Hypothesis]] = {}
-    pending: list[tuple[list[int], Hypotheses]] = []
-
-    def collect(numbers: list[int], told: Hypotheses) -> None:
+    for numbers, told in (_refilled if refilled else _by_batches)(job, padded):
         tokens, lengths, scores = (sharding.fetch(x) for x in (told.tokens_BCL, told.num_tokens_BC, told.scores_BC))
-        for row, number in enumerate(numbers):
+        for row, number in numbers.items():
             found[number] = _hypotheses(tokens[row], lengths[row], scores[row], eos_id)
         done(len(numbers))
-
-    for begin in range(0, len(order), num_rows):
-        numbers = order[begin : begin + num_rows]
-        batch = _padded([sources[number] for number in numbers], num_rows, bos_id)
-        batch["number"] = np.resize(np.array(numbers, np.int32) + first_number, num_rows)
-        length = longest_target(batch["tokens"].shape[1])
-        with jax.set_mesh(mesh):
-            placed = sharding.place_batch(batch, num_rows, mesh)
-            told = _translated(
-                model, params, allowed_V, **placed, length=length, bos_id=bos_id, eos_id=eos_id, search=search
-            )
-        pending.append((numbers, told))
-        if len(pending) > 1:  # the device is at the next batch while the host reads this one
-            collect(*pending.pop(0))
-    for each in pending:
-        collect(*each)
     return [found[number] for number in range(len(sources))]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for all batches; attributes are arguments of ``translate``, but for those that may come."""
+
+    model: Any
+    params: Params
+    allowed_V: np.ndarray
+    bos_id: int
+    eos_id: int
+    search: BeamSearch | Draws
+    mesh: Mesh
+    first_number: int
+
+
+_Batches = Iterable[tuple[list[int], dict[str, np.ndarray]]]
+"""Numbers of sentences, and their sources in rows."""
+_Told = Iterator[tuple[dict[int, int], Hypotheses]]
+"""The sentence of each row that has one, and what was found for it."""
+
+
+def _by_batches(job: _Job, batches: _Batches) -> _Told:
+    """Batch by batch, each until its last sentence is done."""
+    pending: list[tuple[dict[int, int], Hypotheses]] = []
+    for numbers, batch in batches:
+        num_rows, room = batch["tokens"].shape
+        batch["number"] = np.resize(np.array(numbers, np.int32) + job.first_number, num_rows)
+        with jax.set_mesh(job.mesh):
+            placed = sharding.place_batch(batch, num_rows, job.mesh)
+            length, ends = longest_target(room), {"bos_id": job.bos_id, "eos_id": job.eos_id}
+            told = _translated(job.model, job.params, job.allowed_V, **placed, length=length, **ends, search=job.search)
+        pending.append((dict(enumerate(numbers)), told))
+        if len(pending) > 1:  # the device is at the next batch while the host reads this one
+            yield pending.pop(0)
+    yield from pending
+
+
+def _refilled(job: _Job, batches: _Batches) -> _Told:
+    """By searches that do not wait for a few rows: when half of a batch is done, the others join those of the next.
+
+    Translations differ much in length, also those of sources of one length: a batch as a whole takes as long as its
+    longest, half of it as long as the median.
+    """
+    waiting: _Searched | None = None
+    for numbers, batch in batches:
+        num_rows, room = batch["tokens"].shape
+        if waiting is not None and waiting.length != longest_target(room):
+            yield waiting.run(job, most_live=0)
+            waiting = None
+        now = _Searched.start(job, numbers, batch)
+        yield now.run(job, most_live=num_rows // 2)
+        if waiting is not None:
+            now.take_in(job, waiting)
+            yield now.run(job, most_live=num_rows // 2)
+        waiting = now
+    if waiting is not None:
+        yield waiting.run(job, most_live=0)
+
+
+@dataclass
+class _Searched:
+    """A search by beams, and the sentences that are still in it, by row."""
+
+    numbers: dict[int, int]
+    beams: Beams
+    length: int
+
+    @classmethod
+    def start(cls, job: _Job, numbers: list[int], batch: dict[str, np.ndarray]) -> "_Searched":
+        num_rows, room = batch["tokens"].shape
+        length = longest_target(room)
+        with jax.set_mesh(job.mesh):
+            placed = sharding.place_batch(batch, num_rows, job.mesh)
+            sizes: Any = {"length": length, "bos_id": job.bos_id, "search": job.search}
+            return cls(dict(enumerate(numbers)), _started(job.model, job.params, **placed, **sizes), length)
+
+    def run(self, job: _Job, most_live: int) -> tuple[dict[int, int], Hypotheses]:
+        """Goes on until so many sentences are left; those that are done, by row, and what was found for them."""
+        given: Any = {"search": job.search, "stop": (job.eos_id,), "allowed_V": job.allowed_V}
+        with jax.set_mesh(job.mesh):
+            self.beams = run_beams(job.model, job.params, self.beams, most_live, **given)
+        is_done_B = np.array(self.beams.done_B)
+        done = {row: number for row, number in self.numbers.items() if is_done_B[row]}
+        self.numbers = {row: number for row, number in self.numbers.items() if not is_done_B[row]}
+        return done, self.beams.found
+
+    def take_in(self, job: _Job, other: "_Searched") -> None:
+        """The sentences of another search, for whose rows there must be room."""
+        num_rows, rows = len(self.beams.done_B), list(other.numbers)
+        free = [row for row in range(num_rows) if row not in self.numbers][: len(rows)]
+        nowhere = [num_rows] * (num_rows - len(free))
+        with jax.set_mesh(job.mesh):
+            into_B, from_B = np.array([*free, *nowhere], np.int32), np.resize(np.array([*rows, 0], np.int32), num_rows)
+            self.beams = refill(self.beams, other.beams, into_B, from_B)
+        self.numbers |= {row: other.numbers[theirs] for row, theirs in zip(free, rows, strict=True)}
 
 
 def _rows_for(count: int, batch_size: int, ways: int) -> int:
@@ -142,10 +225,7 @@ def _translated(
     eos_id: int,
     search: BeamSearch | Draws,
 ) -> Hypotheses:
-    cache = model.apply({"params": params}, tokens, valid, length, method="start")
-    starts_BL = jnp.full((len(tokens), 1), bos_id)
-    # By the sentence's own length, so that nothing depends on the batch; nobody waits for a row without a sentence.
-    limit_B = jnp.where(valid.any(axis=1), longest_target(valid.sum(axis=1)), 0)
+    cache, starts_BL, limit_B = _opened(model, params, tokens, valid, length, bos_id)
     if isinstance(search, BeamSearch):
         options: Any = {"length": length, "search": search, "stop": (eos_id,), "allowed_V": allowed_V}
         return beam_search(model, params, cache, starts_BL, limit_B=limit_B, **options)
@@ -156,6 +236,24 @@ def _translated(
     options = {"length": length, "sampling": search.sampling, "stop": (eos_id,), "allowed_V": allowed_V}
     drawn = generate(model, params, caches.fork(cache, num), starts_BL, None, limit_B, keys_BC.reshape(-1), **options)
     return _by_source(drawn, num)
+
+
+@partial(jax.jit, static_argnames=("model", "length", "bos_id", "search"))
+def _started(
+    model: Any, params: Params, tokens: Array, valid: Array, *, length: int, bos_id: int, search: BeamSearch
+) -> Beams:
+    cache, starts_BL, limit_B = _opened(model, params, tokens, valid, length, bos_id)
+    return start_beams(model, params, cache, starts_BL, limit_B=limit_B, length=length, search=search)
+
+
+def _opened(
+    model: Any, params: Params, tokens: Array, valid: Array, length: int, bos_id: int
+) -> tuple[Any, Array, Array]:
+    """(The cache with sources read, what translations begin after, how long each may be)."""
+    cache = model.apply({"params": params}, tokens, valid, length, method="start")
+    # By the sentence's own length, so that nothing depends on the batch; nobody waits for a row without a sentence.
+    limit_B = jnp.where(valid.any(axis=1), longest_target(valid.sum(axis=1)), 0)
+    return cache, jnp.full((len(tokens), 1), bos_id), limit_B
 
 
 def _by_source(drawn: Generation, num: int) -> Hypotheses:

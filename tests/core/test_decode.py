@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core_flax.beam import BeamSearch, beam_search
+from core_flax.beam import BeamSearch, beam_search, refill, run_beams, start_beams
 from core_flax.decode import begin, generate, proceed, row_keys
 from core_flax.sampling import Sampling
 from core_flax.types import UserError
@@ -242,6 +242,30 @@ def test_a_row_alone_gives_what_it_gives_in_a_batch(model, params):
         other = generated(model, params, alone, seed=5, sampling=sampling)
         assert_same(rows_of(other), rows_of(drawn)[alone])
     assert rows_of(generated(model, params, seed=6, sampling=sampling)) != rows_of(drawn)
+
+
+def test_sentences_that_join_another_search_end_as_they_would(model, params):
+    search, limits = BeamSearch(3, 0.6, n_best=3), np.array([5, 2, 4])
+    expected = beams(model, params, search, limits=limits)
+
+    def run(beams, most_live):
+        return run_beams(model, params, beams, most_live, search=search, stop=(STOP,))
+
+    def start(rows):
+        given = PROMPTS[rows], NUM_PROMPT[rows], limits[rows]
+        return start_beams(model, params, model.init_cache(3, ROOM), *given, length=LENGTH, search=search)
+
+    first = start([0, 1, 2])
+    kinds = [x.aval for x in jax.tree.leaves(first)]
+    first, second = run(first, 2), run(start([2, 0, 1]), 1)
+    assert [x.aval for x in jax.tree.leaves(first)] == kinds  # else it would be compiled twice
+    assert first.done_B.tolist() == [False, True, False] and second.done_B.tolist() == [True, False, True]
+    assert first.num_tokens_B.tolist() == [2, 2, 2] and second.num_tokens_B.tolist() == [4, 4, 2]
+    assert_same(found_in(first.found, 1), found_in(expected, 1))
+    assert_same(found_in(second.found, 0), found_in(expected, 2))
+    joined = run(refill(first, second, np.array([1, 3, 3]), np.array([1, 0, 0])), 0)
+    for row, sentence in enumerate([0, 0, 2]):
+        assert_same(found_in(joined.found, row), found_in(expected, sentence))
 
 
 def test_token_by_token_is_all_at_once(model, params):

@@ -103,13 +103,31 @@ def test_a_cache_holds_each_rows_tokens_in_order():
     cache = cache.write(1, first, -first).advance(jnp.array([4, 1]))
     np.testing.assert_array_equal(cache.positions(2), [[4, 5], [1, 2]])
     cache = cache.write(1, second, -second)  # of the first row, three find room
-    keys, values = cache.read(1)
+    keys, values = (x[1].swapaxes(1, 2) for x in (cache.keys, cache.values))
     np.testing.assert_array_equal(keys[0], np.concatenate([first[0], second[0, :3]]))
     np.testing.assert_array_equal(keys[1], np.concatenate([first[1, :1], second[1], np.zeros((2, G, K))]))
     np.testing.assert_array_equal(values, -keys)
-    assert not np.any(cache.read(0)[0]) and not np.any(cache.read(2)[1])
+    assert not np.any(cache.keys[0]) and not np.any(cache.values[2])
     expected = [[[slot <= at for slot in range(M)] for at in (start, start + 1)] for start in (4, 1)]
     np.testing.assert_array_equal(cache.mask(2), np.array(expected)[:, None])
+
+
+@pytest.mark.parametrize("num_read", [1, 4, 7, 13, 16])
+def test_a_cache_is_looked_at_as_far_as_it_is_in_use(num_read):
+    """Of a forked one: what cannot be in use is not read, and nothing else is left out."""
+    rows, forks, room = 2, 3, 16
+    cache = init_cache(rows, 1, G, room, K, jnp.float32).fork(forks)
+    for number in range(num_read - 1):
+        new = (normal(2 * number + each, rows * forks, 1, G, K) for each in range(2))
+        cache = cache.write(0, *new).advance(1)
+    cache = cache.write(0, normal(90, rows * forks, 1, G, K), normal(91, rows * forks, 1, G, K))
+    q, mask = normal(92, rows * forks, 1, G, K), cache.mask(1)
+    keys, values = cache.keys[0].swapaxes(1, 2), cache.values[0].swapaxes(1, 2)
+    expected = dot_product_attention(q, keys, values, mask)
+    in_use = -(-num_read // 4) * 4 * forks
+    broken = cache.replace(values=(cache.values[0].at[:, :, in_use:].set(jnp.nan),))
+    found = broken.look(0, mask, lambda *given: dot_product_attention(q, *given), 1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_rows_of_a_cache_and_last_tokens():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core_flax.decode import row_keys
-from core_flax.sampling import Sampling, draw, top_k
+from core_flax.sampling import Sampling, draw, top_k, top_k_of_rows
 from core_flax.types import UserError
 
 V, DRAWS = 200, 20_000
@@ -92,6 +92,21 @@ def test_the_largest_of_many(size, k):
     expected = np.argsort(-x, axis=-1, kind="stable")[..., :k]
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_array_equal(values, np.take_along_axis(x, expected, -1))
+
+
+@pytest.mark.parametrize(("size", "k"), [(5, 3), (5, 20), (300, 7), (9000, 7), (9001, 30)])
+def test_the_largest_of_several_rows(size, k):
+    draw = np.random.default_rng(size)
+    x, rows = draw.integers(0, 9, (2, 4, size)).astype(np.float32), draw.integers(0, 20, (2, 4)).astype(np.float32)
+    rows[1, 2:] = -np.inf
+    columns = np.where(draw.random(size) < 0.3, -np.inf, 0.0).astype(np.float32)
+    sums = (x + rows[..., None] + columns).reshape(2, -1)
+    values, row, column = top_k_of_rows(jnp.asarray(x), jnp.asarray(rows), jnp.asarray(columns), k)
+    expected = np.argsort(-sums, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(values, np.take_along_axis(sums, expected, -1))
+    real = np.asarray(values) > -np.inf
+    np.testing.assert_array_equal((row * size + column)[real], expected[real])
+    assert (column < size).all() and real.any(axis=1).all()
 
 
 @pytest.mark.parametrize(

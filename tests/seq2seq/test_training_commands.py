@@ -240,10 +240,11 @@ def test_evaluate_without_the_data_says_so(call, finished, tmp_path):
     assert f"held-out loss not measured: data folder {tmp_path / 'gone'} is not there" in done.stdout
 
 
-def test_a_translation_depends_on_no_other_and_no_order(finished):
+@pytest.mark.parametrize("num_devices", [4, 1])
+def test_a_translation_depends_on_no_other_and_no_order(finished, num_devices):
     """However many sentences go together, in whatever order: the same translations, each beside its source."""
     run, tokenizer = load_run(finished)
-    mesh = make_mesh(MeshConfig(), jax.devices())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])  # on one, sentences change places
     params = run.params(None, replicated(mesh))[0]
     sentences = ["river song", "the old garden window market letter winter", "dog", "teacher bridge road 17 doctor"] * 3
     sources = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode(sentences)]
