@@ -20,7 +20,7 @@ from core_flax.data.records import Manifest, PassageStore
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train
 from core_flax.program import check_settings, make_program
-from core_flax.run import CONFIG, LOCK, Run, busy, on_all_held_out, own_data, with_vocabulary
+from core_flax.run import LOCK, Run, busy, holds_run, on_all_held_out, own_data, with_vocabulary
 from core_flax.run import evaluate as run_evaluate
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import UserError
@@ -78,7 +78,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
     check_model(asked)
     check_settings(asked, PARAM_RULES)
     with only_run(workdir / LOCK, busy(workdir)):
-        old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
+        old = load_run(workdir)[0] if holds_run(workdir) else None
         if old:
             data = old.data_folder(command.data)
         else:

@@ -279,7 +279,7 @@ def _with_found(
 ) -> Hypotheses:
     """The best of what was found before and of these sequences, -inf standing for none; length: tokens of each."""
     num_before = found.scores_BC.shape[1]
-    both = jnp.concatenate([found.scores_BC, log_probs / search.divisor(length_B1)], axis=1)
+    both = jnp.concatenate([found.scores_BC, log_probs / search.divisor(jnp.maximum(length_B1, 1))], axis=1)
     scores_BC, places = jax.lax.top_k(both, num_before)
     lengths = jnp.where(log_probs > -jnp.inf, length_B1, 0)
 

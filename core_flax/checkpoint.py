@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,15 +21,13 @@ from etils import epath
 
 from core_flax import snapshot, storage
 from core_flax.config import CheckpointConfig
-from core_flax.distributed import first_does, first_tells
+from core_flax.distributed import first_does, first_tells, is_seen
 from core_flax.snapshot import DamagedError
 from core_flax.state import TrainState
 from core_flax.types import Params, UserError
 
 Say = Callable[[str], None]
 T = TypeVar("T")
-_SEEN_SECONDS = 15
-"""How long what one host has written may take to be seen by another."""
 
 _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
 _COMMITTED = "commit_success.txt"  # Orbax's mark of a complete folder where a rename is not atomic (gs://)
@@ -97,7 +94,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        if step in self.steps() and self._is_saved(step, metrics):
+        if first_tells(lambda: "saved" if step in self.steps() and self._is_saved(step, metrics) else ""):
             return
         named = snapshot.named_leaves(state)
         needed = sum(x.size * x.dtype.itemsize for x in named.values())
@@ -149,7 +146,11 @@ class Checkpoints:
         self.wait()
         # Each process reads its own part; that all have the same step, and that all could read it, they settle.
         steps = json.loads(first_tells(lambda: json.dumps(self.steps())))
-        _await(self.directory, steps)
+        if not is_seen(lambda: set(steps) <= set(self.steps())):
+            raise UserError(
+                f"process {jax.process_index()} does not see in {self.directory} the checkpoints that the first one "
+                "sees; give --workdir a folder that all of them share"
+            )
         found = _newest(self.directory, lambda folder: snapshot.read_state(folder, abstract), steps)
         if found is None:
             return None
@@ -311,13 +312,6 @@ def _newest(
     raise UserError(
         f"no checkpoint in {root} is intact ({reasons}); put back a good copy of one, or start in a new workdir"
     )
-
-
-def _await(root: epath.Path, steps: Sequence[int]) -> None:
-    """Returns when these checkpoints are seen here, or are not to be: other hosts' folders may be a little behind."""
-    deadline = time.monotonic() + _SEEN_SECONDS
-    while not set(steps) <= set(list_steps(root)) and time.monotonic() < deadline:
-        time.sleep(0.5)
 
 
 def _exactly(root: epath.Path, step: int, read: Callable[[epath.Path], T]) -> T:

@@ -73,10 +73,7 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
             raise UserError(f"unknown command {argv[0]!r}{suggest(argv[0], commands)}; see {prog} --help")
         print(end="", flush=True)  # there may be no standard output
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        if among := sys.modules.get("core_flax.distributed"):  # otherwise this process has never been one of several
-            among.tell_refusal(str(error))
-        sys.exit(2)
+        _refuse(prog, str(error))
     except Stopped as stop:
         print(f"{prog}: {stop}", file=sys.stderr)
         sys.exit(stop.status)
@@ -90,14 +87,19 @@ def main(prog: str, commands: Mapping[str, tuple[str, Command]], argv: Sequence[
     except OSError as error:
         if error.errno not in _NOT_OURS:
             raise
-        print(f"{prog}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(prog, f"{error.filename or 'a file'}: {error.strerror}")
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        print(f"{prog}: error: out of memory ({_first_line(error)}); take less at a time: {_LESS}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(prog, f"out of memory ({_first_line(error)}); take less at a time: {_LESS}")
     sys.exit(0)
+
+
+def _refuse(prog: str, why: str) -> NoReturn:
+    print(f"{prog}: error: {why}", file=sys.stderr, flush=True)
+    if among := sys.modules.get("core_flax.distributed"):  # otherwise this process has never been one of several
+        among.tell_refusal(why)
+    sys.exit(2)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

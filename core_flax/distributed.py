@@ -6,6 +6,7 @@ All of it is jax.distributed: its coordination service, run by the first process
 import contextlib
 import importlib.util
 import itertools
+import json
 import os
 import re
 import socket
@@ -32,6 +33,10 @@ HEARTBEAT_SECONDS = 30
 """A process that has not been heard of for so long is lost, and the others end."""
 LEAVE_SECONDS = 30
 """How long a process that is done waits for the others to be done as well."""
+REFUSED_SECONDS = 3600
+"""How long a process that is refused before training begins waits for the others to hear of it."""
+SEEN_SECONDS = 90
+"""How long what one host has written may take to be seen by another: NFS keeps for a minute what it knows of names."""
 
 
 def join() -> None:
@@ -185,6 +190,8 @@ def naming_the_lost() -> Iterator[None]:
     Raises:
       PeerLost: it did not.
     """
+    global _training
+    _training = True
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # jaxlib makes a ValueError of some statuses
@@ -199,6 +206,7 @@ def naming_the_lost() -> Iterator[None]:
 
 
 _calls = itertools.count()
+_training = False  # whether this process has come so far
 _REFUSED = "core_flax/refused"
 _LISTEN_MILLISECONDS = 1000
 
@@ -227,7 +235,7 @@ def first_tells(find: Callable[[], str]) -> str:
         return find()
     key = f"core_flax/first/{next(_calls)}"
     if not leads():
-        found = _hear(key, 0)
+        found = _hear(key)
         if found.startswith("!"):
             raise UserError(found[1:])
         return found[1:]
@@ -250,14 +258,44 @@ def agree(said: str) -> list[str]:
         return [said]
     key = f"core_flax/said/{next(_calls)}"
     _client().key_value_set(f"{key}/{jax.process_index()}", f"={said}")
-    return [_hear(f"{key}/{number}", number)[1:] for number in range(jax.process_count())]
+    return [_hear(f"{key}/{number}")[1:] for number in range(jax.process_count())]
+
+
+def all_have(what: Mapping[str, str]) -> None:
+    """Every process must come here, in the same order.
+
+    Args:
+      what: names of what must be the same for all, and fingerprints of it.
+
+    Raises:
+      UserError: in all of them, unless each has the same as the first.
+    """
+    told = [json.loads(said) for said in agree(json.dumps(what))]
+    for number, theirs in enumerate(told):
+        for name in what:
+            if theirs[name] != told[0][name]:
+                raise UserError(f"process {number} does not have the {name} of the first; give all of them the same")
+
+
+def is_seen(condition: Callable[[], bool]) -> bool:
+    """Whether it is true, or comes true while what another host has written may take to be seen here."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (seen := condition()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return seen
 
 
 def tell_refusal(why: str) -> None:
-    """Lets those that wait for this process know that it ends with a mistake of the user's, and with which."""
-    if jax.distributed.is_initialized():
-        with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):  # it may have been told before
-            _client().key_value_set(f"{_REFUSED}/{jax.process_index()}", why)
+    """Lets the others know that this process ends with a mistake of the user's, and which; waits until they do.
+
+    Before training begins they may be long at something else before they listen; and if they do not, JAX aborts them.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):  # it may have been told before
+        _client().key_value_set(f"{_REFUSED}/{jax.process_index()}", why)
+    with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):  # they have not come
+        _client().wait_at_barrier(_REFUSED, 1000 * (LEAVE_SECONDS if _training else REFUSED_SECONDS))
 
 
 def _client() -> Any:
@@ -266,11 +304,11 @@ def _client() -> Any:
     return client
 
 
-def _hear(key: str, number: int) -> str:
-    """What a process says under a key, however long it takes: that it has gone, its heartbeats would tell.
+def _hear(key: str) -> str:
+    """What is said under a key, however long it takes: that a process has gone, its heartbeats would tell.
 
     Raises:
-      UserError: it has been refused in the meantime.
+      UserError: that of a process that has been refused in the meantime.
     """
     while True:
         try:
@@ -278,11 +316,8 @@ def _hear(key: str, number: int) -> str:
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-        try:
-            why = _client().key_value_try_get(f"{_REFUSED}/{number}")
-        except (jax.errors.JaxRuntimeError, ValueError, KeyError):  # not found
-            continue
-        raise UserError(why)
+        for _, why in _client().key_value_dir_get(f"{_REFUSED}/"):
+            raise UserError(why)
 
 
 @contextlib.contextmanager

@@ -130,7 +130,9 @@ def _owes_evaluation(config: RunConfig, saver: "Saver", start: int) -> bool:
     """Whether the step that the run goes on from is to be evaluated: it is the last, or a signal came before it was."""
     if start >= config.train.num_steps:
         return True
-    return start > 0 and is_multiple(config.train.eval_every_steps, start) and not saver.checkpoints.metrics(start)
+    if start == 0 or not is_multiple(config.train.eval_every_steps, start):
+        return False
+    return not json.loads(first_tells(lambda: json.dumps(dict(saver.checkpoints.metrics(start)))))
 
 
 class Saver:
@@ -151,7 +153,9 @@ class Saver:
 
     def interval(self, step: int) -> Interval:
         """The logging interval that was under way when the step was saved."""
-        return Interval(**self.checkpoints.notes(step).get("interval", {})) if step else Interval()
+        if not step:
+            return Interval()
+        return Interval(**json.loads(first_tells(lambda: json.dumps(self.checkpoints.notes(step).get("interval", {})))))
 
     def is_due(self, step: int, held_out: Mapping[str, float]) -> bool:
         """Whether the state of this step, with these held-out metrics if any were taken, is to be saved."""

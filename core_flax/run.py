@@ -6,7 +6,6 @@ Each family says what is its own (which tokenizer, which data); what such a fold
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +19,36 @@ from core_flax import config as configs
 from core_flax import storage
 from core_flax.checkpoint import load_params
 from core_flax.config import RunConfig
-from core_flax.distributed import agree, first_does, leads
+from core_flax.distributed import agree, all_have, first_does, first_tells, is_seen
 from core_flax.evaluate import make_evaluate
 from core_flax.sharding import flat_mesh, replicated
 from core_flax.task import Evaluator
 from core_flax.types import Batch, Params, UserError
-from core_flax.weight_files import read_json
 
 CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", "run.lock"
 
 C = TypeVar("C", bound=RunConfig)
-_SEEN_SECONDS = 15
-"""How long what one host has written may take to be seen by another."""
+
+
+def holds_run(workdir: Path) -> bool:
+    """Whether a folder holds a run, to all processes. Every process must come here.
+
+    Raises:
+      UserError: to this one it does not, but to the first.
+    """
+    is_there = (workdir / CONFIG).exists
+    holds = bool(first_tells(lambda: "a run" if is_there() else ""))
+    if not (is_seen(is_there) if holds else not is_there()):
+        raise not_shared(workdir)
+    return holds
+
+
+def not_shared(workdir: Path) -> UserError:
+    """What is to be said where a process does not find what the first has written."""
+    return UserError(
+        f"--workdir {workdir} is not the same folder for all processes: process {jax.process_index()} does not find in "
+        "it what the first one does; give one that they share, or one in a bucket (gs://)"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,28 +108,11 @@ class Run(Generic[C]):
         Raises:
           UserError: the disk is full, or does not let us write there.
         """
-        agree("")  # nothing is written unless every process has come so far
+        all_have({"data": self.content, "tokenizer": self.tokenizer, "settings": repr(self.config)})
         first_does(lambda: self._save(tokenizer_file, write_tokenizer))
-        if not leads():
-            self._check_shared()
-        agree("")
-
-    def _check_shared(self) -> None:
-        """Raises UserError unless this process finds what the first has written, and has the same data."""
-        path, deadline = self.workdir / CONFIG, time.monotonic() + _SEEN_SECONDS
-        while not path.is_file() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        number = jax.process_index()
-        if not path.is_file():
-            raise UserError(
-                f"--workdir {self.workdir} is not the same folder for all processes: process {number} does not find in "
-                "it what the first has written; give one that they share, or one in a bucket (gs://)"
-            )
-        if read_json(path).get("content") != self.content:
-            raise UserError(
-                f"process {number} does not read the data of the first: what it finds in {self.data} was prepared from "
-                "another text, or in another way; give all of them the same"
-            )
+        if not is_seen((self.workdir / CONFIG).is_file):
+            raise not_shared(self.workdir)
+        agree("")  # nothing else is written unless all of them see it
 
     def _save(self, tokenizer_file: str, write_tokenizer: Callable[[Path], None]) -> None:
         with storage.writing(self.workdir):

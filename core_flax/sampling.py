@@ -107,10 +107,12 @@ def _inverse(sums: Array, chance: Array) -> Array:
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The k largest of x [..., V] and their indices, largest first, the lower index first where they are equal.
 
-    As jax.lax.top_k, which on a CPU takes longer for one row of a vocabulary than a small model.
+    As jax.lax.top_k of floats, which on a CPU takes longer for one row of a vocabulary than a small model.
     """
+    assert jnp.issubdtype(x.dtype, jnp.floating) and k <= x.shape[-1]
     rows = x.reshape(-1, 1, x.shape[-1])
-    values, _, indices = top_k_of_rows(rows, jnp.zeros(rows.shape[:2]), jnp.zeros(rows.shape[2]), k)
+    nothing = jnp.zeros_like(rows[..., 0]), jnp.zeros_like(rows[0, 0])
+    values, _, indices = top_k_of_rows(rows, *nothing, k)
     return values.reshape(*x.shape[:-1], -1), indices.reshape(*x.shape[:-1], -1)
 
 

@@ -162,11 +162,20 @@ def read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
         arrays = _read_arrays(folder, wanted)
     except DamagedError as error:
         failure = str(error)
-    # What one process could not read none has: the bits are compared by all of them together.
+    # What one process could not read none has: the bits of arrays that lie on several are compared by all of them.
+    _raise_any(failure)
+    try:
+        _check_bits(manifest, arrays)
+    except DamagedError as error:  # of an array that lies on each of them, one alone may have other bits
+        failure = str(error)
+    _raise_any(failure)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+
+
+def _raise_any(failure: str) -> None:
+    """Raises DamagedError if a process comes here with a failure. Every process must."""
     if failures := list(filter(None, agree(failure))):
         raise DamagedError(failures[0])
-    _check_bits(manifest, arrays)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
 
 def read_params(folder: epath.Path, sharding: jax.sharding.Sharding | None) -> Params:

@@ -78,7 +78,7 @@ def _head(options: TpuVmCommand, argv: Sequence[str]) -> list[str]:
         *(["--spot"] if options.spot else []),
     ]
     pid = f"~/.{options.name}.pid"  # of the process itself, so that it can be told to save
-    wait = "export " + " ".join(f"{name}={value}" for name, value in JOIN_WAIT.items())
+    wait = "export " + " ".join(f"{name}=${{{name}:-{value}}}" for name, value in JOIN_WAIT.items())
     remote = " && ".join([f"echo $$ > {pid}", *filter(None, [options.setup]), wait, f"exec {shlex.join(argv)}"])
     return [
         "#!/bin/bash",

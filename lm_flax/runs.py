@@ -14,7 +14,7 @@ from core_flax.cli import settings_of
 from core_flax.distributed import first_does, only_run
 from core_flax.loop import train as train_loop
 from core_flax.program import check_settings, make_program
-from core_flax.run import CONFIG, LOCK, Run, busy, own_data, with_vocabulary
+from core_flax.run import LOCK, Run, busy, holds_run, own_data, with_vocabulary
 from core_flax.task import Task
 from core_flax.types import UserError
 from lm_flax import architectures, figures, task, tokenizers, word2vec_task
@@ -157,7 +157,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
     check_settings(asked, _rules(asked))
     check(asked)
     with only_run(workdir / LOCK, busy(workdir)):
-        old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
+        old = load_run(workdir)[0] if holds_run(workdir) else None
         if old and not old.content:
             raise UserError(f"{workdir} holds an imported model, which is not trained on; give another --workdir")
         if old:

@@ -159,6 +159,7 @@ def _refilled(job: _Job, batches: _Batches) -> _Told:
         yield now.run(job, most_live=num_rows // 2)
         if waiting is not None:
             now.take_in(job, waiting)
+            waiting = None  # so that two searches are in memory at most
             yield now.run(job, most_live=num_rows // 2)
         waiting = now
     if waiting is not None:

@@ -14,7 +14,7 @@ from core_flax.cli import settings_of
 from core_flax.distributed import only_run
 from core_flax.loop import train as run_loop
 from core_flax.program import check_settings, make_program
-from core_flax.run import CONFIG, LOCK, Run, busy, with_vocabulary
+from core_flax.run import LOCK, Run, busy, holds_run, with_vocabulary
 from core_flax.sharding import make_mesh, ways_of_batch
 from core_flax.text.sentencepiece_model import SentencePiece
 from seq2seq_flax.architectures import make_model, param_rules
@@ -126,7 +126,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
     asked = dataclasses.replace(settings_of(command, type(preset)), optimizer=optimizer, schedule=schedule)
     check_settings(asked, param_rules(asked.model))
     with only_run(workdir / LOCK, busy(workdir)):
-        old = load_run(workdir)[0] if (workdir / CONFIG).exists() else None
+        old = load_run(workdir)[0] if holds_run(workdir) else None
         if old:
             data = old.data_folder(command.data)
         else:

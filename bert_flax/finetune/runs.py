@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from bert_flax.huggingface import Pretrained
 from core_flax import config as configs
 from core_flax import storage
 from core_flax.checkpoint import best_step, list_steps, load_params
-from core_flax.distributed import agree, first_does, only_run
+from core_flax.distributed import agree, all_have, first_does, first_tells, only_run
 from core_flax.loop import train
 from core_flax.params import leaves
 from core_flax.program import make_program
+from core_flax.run import holds_run
 from core_flax.sharding import make_mesh, ways_of_batch
 from core_flax.snapshot import fingerprints
 from core_flax.text.wordpiece import WordPiece
@@ -195,7 +196,7 @@ def run(
     config = resolve(settings, pretrained.config, data.train.num_units)
     new = FinetuneRun(folder, config, task, pretrained.vocabulary, origin)
     with only_run(folder / "run.lock", f"another run is writing to {folder}; stop it or give another --workdir"):
-        if (folder / CONFIG).exists():
+        if holds_run(folder):
             _check_resumable(FinetuneRun.load(folder), new)
             _check_not_behind(folder, config.train.num_steps)
         for other in _seeds(folder.parent) if folder.name.startswith(SEED) else ():
@@ -204,7 +205,10 @@ def run(
                 _check_resumable(
                     old, dataclasses.replace(new, config=dataclasses.replace(config, seed=old.config.seed))
                 )
-        done = Result.load(folder)
+        origins = origin.data_content + origin.held_out_content
+        settings_of_all = repr((config, task))
+        all_have({"data": origins, "model to begin with": origin.init_content, "settings": settings_of_all})
+        done = _told(lambda: Result.load(folder))
         if done and done.last_step == config.train.num_steps:
             print(f"complete already: {folder}", flush=True)
             return done
@@ -216,10 +220,21 @@ def run(
         print(_shapes(PackedUnits(data.train, config.inputs.max_length, row_multiple), config), flush=True)
         resumed, began = (folder / "checkpoints").exists(), time.perf_counter()
         train(learned, config, program, folder)
-        first_does(lambda: None)  # what it reads is the first one's to write
-        result = _result(new, time.perf_counter() - began, resumed)
+        result = _told(lambda: _result(new, time.perf_counter() - began, resumed))
+        assert result is not None
         first_does(lambda: result.save(folder))
         return result
+
+
+def _told(find: Callable[[], Result | None]) -> Result | None:
+    """What the first process finds, in all of them."""
+
+    def found() -> str:
+        result = find()
+        return json.dumps(result and dataclasses.asdict(result))
+
+    told = json.loads(first_tells(found))
+    return told and configs.from_dict(Result, told)
 
 
 def _shapes(packed: PackedUnits, config: FinetuneConfig) -> str:

@@ -155,6 +155,8 @@ def test_a_folder_that_another_run_writes_to_is_refused_by_all(bert_flax, tmp_pa
 ONE_DIFFERS = """
 import os, sys
 from bert_flax.cli import main
+from core_flax import distributed
+distributed.SEEN_SECONDS = 2
 first, other = sys.argv.pop(1).split("=>")
 if os.environ["JAX_PROCESS_ID"] == "1":
     sys.argv = [argument.replace(first, other) for argument in sys.argv]
@@ -164,7 +166,7 @@ main()
 
 def one_differs(bert_flax, workdir, first, other):
     """Trains with two processes, in the second one's command line ``other`` in the place of ``first``."""
-    command = [sys.executable, "-c", ONE_DIFFERS, f"{first}=>{other}", *bert_flax.pretrain(workdir, **LONG)]
+    command = [sys.executable, "-c", ONE_DIFFERS, f"{first}=>{other}", *bert_flax.pretrain(workdir, seed=0, **LONG)]
     with launch(*command, devices=1) as launcher:
         out, err = launcher.communicate(timeout=SECONDS)
     return launcher.returncode, out, err
@@ -184,7 +186,14 @@ def test_a_process_with_other_data_is_found_out(bert_flax, tmp_path):
     manifest["files"][name]["sha256"] = "0" * 64  # as of another text
     (other / "manifest.json").write_text(json.dumps(manifest))
     status, out, err = one_differs(bert_flax, tmp_path / "run", bert_flax.data, other)
-    assert (status, out) == (2, "") and "process 1 does not read the data of the first" in err, err
+    assert (status, out) == (2, "") and err.count("process 1 does not have the data of the first") == 2, err
+    assert not list(tmp_path.glob("run/*.json"))
+
+
+def test_a_process_with_other_settings_is_found_out(bert_flax, tmp_path):
+    status, out, err = one_differs(bert_flax, tmp_path / "run", "--seed=0", "--seed=1")
+    assert (status, out) == (2, "") and err.count("process 1 does not have the settings of the first") == 2, err
+    assert not list(tmp_path.glob("run/*.json"))
 
 
 def test_a_workdir_that_is_not_shared_is_found_out(bert_flax, tmp_path):
@@ -192,32 +201,71 @@ def test_a_workdir_that_is_not_shared_is_found_out(bert_flax, tmp_path):
     assert (status, out) == (2, "") and "is not the same folder for all processes: process 1 does not find" in err, err
 
 
-BEHIND = """
-import os
-from core_flax import checkpoint
+SLOW = """
+import os, time
+from bert_flax import runs
 from bert_flax.cli import main
-if os.environ["JAX_PROCESS_ID"] == "1":  # as a shared folder may be for a while, or one that errs
-    checkpoint._SEEN_SECONDS, whole = 0.1, checkpoint.list_steps
-    checkpoint.list_steps = lambda directory: whole(directory)[:-1]
-    read = checkpoint.snapshot.read_manifest
-    def failing(folder):
-        if folder.name == "6":
-            raise checkpoint.DamagedError("input/output error")
-        return read(folder)
-    checkpoint.snapshot.read_manifest = failing
+from core_flax import distributed
+distributed.LEAVE_SECONDS = 2
+def slow(*_):
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        raise distributed.UserError("this host has no such file")
+    time.sleep(8)
+runs.check_model = slow
 main()
 """
 
 
+def test_a_refusal_waits_until_the_others_listen(bert_flax, tmp_path):
+    """Longer than one waits at the end of a run."""
+    with launch(sys.executable, "-c", SLOW, *bert_flax.pretrain(tmp_path / "run"), devices=1) as launcher:
+        out, err = launcher.communicate(timeout=SECONDS)
+    assert (launcher.returncode, out) == (2, "") and err.count("error: this host has no such file") == 2, err
+    assert not list(tmp_path.glob("run/*.json"))
+
+
+BEHIND = """
+import os, sys
+from core_flax import distributed, snapshot
+from bert_flax.cli import main
+distributed.SEEN_SECONDS, fault = 1, sys.argv.pop(1)
+if os.environ["JAX_PROCESS_ID"] == "1":  # as a shared folder may be for a while, or one that errs
+    from core_flax import checkpoint
+    whole, check = checkpoint.list_steps, snapshot._check_bits
+    def failing(manifest, arrays):
+        if manifest["step"] == 6:
+            raise snapshot.DamagedError("w does not have the bits that were saved")
+        check(manifest, arrays)
+    if fault == "unseen":
+        checkpoint.list_steps = lambda directory: whole(directory)[:-1]
+    else:
+        snapshot._check_bits = failing
+main()
+"""
+
+
+def resume_with_one_behind(bert_flax, run, fault):
+    with launch(sys.executable, "-c", BEHIND, fault, *bert_flax.pretrain(run), devices=1) as launcher:
+        out, err = launcher.communicate(timeout=SECONDS)
+    return launcher.returncode, out, err
+
+
 def test_all_processes_go_on_from_the_same_step(bert_flax, finished_run, tmp_path):
-    """Though one cannot read the newest."""
+    """Though one alone finds that the newest is damaged."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
-    with launch(sys.executable, "-c", BEHIND, *bert_flax.pretrain(run), devices=1) as launcher:
-        out, err = launcher.communicate(timeout=SECONDS)
-    assert launcher.returncode == 0, err
-    assert "[0] resumes at step 4" in out and "checkpoint of step 6 is damaged (input/output error)" in err
+    status, out, err = resume_with_one_behind(bert_flax, run, "damaged")
+    assert status == 0, err
+    assert "[0] resumes at step 4" in out and "checkpoint of step 6 is damaged (w does not have the bits" in err
     assert losses(run) == pytest.approx(losses(finished_run), abs=1e-5)
+
+
+def test_a_checkpoint_that_one_process_does_not_see_is_no_damaged_one(bert_flax, finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    status, _, err = resume_with_one_behind(bert_flax, run, "unseen")
+    assert status == 2 and err.count("process 1 does not see in") == 2, err
+    assert list_steps(run / "checkpoints") == list_steps(finished_run / "checkpoints")
 
 
 def test_a_signal_to_the_launcher_is_passed_on_and_a_mistake_is_told():

@@ -22,7 +22,7 @@ from core_flax.types import UserError
 from seq2seq_flax import numbers
 from seq2seq_flax.architectures import make_model
 from seq2seq_flax.cli import main
-from seq2seq_flax.decode import translate
+from seq2seq_flax.decode import room_for, translate
 from seq2seq_flax.evaluate import score
 from seq2seq_flax.runs import load_run
 
@@ -246,8 +246,9 @@ def test_a_translation_depends_on_no_other_and_no_order(finished, num_devices):
     run, tokenizer = load_run(finished)
     mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])  # on one, sentences change places
     params = run.params(None, replicated(mesh))[0]
-    sentences = ["river song", "the old garden window market letter winter", "dog", "teacher bridge road 17 doctor"] * 3
+    sentences = ["river song", "the old garden window market letter winter" * 2, "dog", "teacher road 17 doctor"] * 3
     sources = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode(sentences)]
+    assert len({room_for(len(source)) for source in sources}) > 1
 
     def found(sources, batch_size):
         ends = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
