@@ -78,7 +78,7 @@ def pretrain(command: PretrainCommand, preset_name: str, given: Collection[str])
     check_model(asked)
     check_settings(asked, PARAM_RULES)
     with only_run(workdir / LOCK, busy(workdir)):
-        old = load_run(workdir)[0] if holds_run(workdir) else None
+        old = load_run(workdir)[0] if holds_run(workdir, command.data) else None
         if old:
             data = old.data_folder(command.data)
         else:

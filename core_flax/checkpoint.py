@@ -22,7 +22,7 @@ from etils import epath
 from core_flax import snapshot, storage
 from core_flax.config import CheckpointConfig
 from core_flax.distributed import first_does, first_tells, is_seen
-from core_flax.snapshot import DamagedError
+from core_flax.snapshot import DamagedError, UnreadableError
 from core_flax.state import TrainState
 from core_flax.types import Params, UserError
 
@@ -157,10 +157,13 @@ class Checkpoints:
         state, step, damaged = found
 
         def set_aside() -> None:
-            for bad, reason in damaged.items():
+            for bad, error in damaged.items():
+                if isinstance(error, UnreadableError):
+                    self._say(f"checkpoint of step {bad} cannot be read by all ({error}): going back to step {step}")
+                    continue
                 moved = self._set_aside(bad)
                 self._say(
-                    f"checkpoint of step {bad} is damaged ({reason}): going back to step {step}; it is now {moved}"
+                    f"checkpoint of step {bad} is damaged ({error}): going back to step {step}; it is now {moved}"
                 )
 
         first_does(set_aside)
@@ -291,21 +294,21 @@ def load_params(
     if found is None:
         raise UserError(f"{root} holds no checkpoint; give the --workdir of a run that has saved one")
     params, newest, damaged = found
-    for bad, reason in damaged.items():
-        (say or _say)(f"checkpoint of step {bad} in {root} is damaged ({reason}): reading step {newest} instead")
+    for bad, error in damaged.items():
+        (say or _say)(f"checkpoint of step {bad} in {root} is damaged ({error}): reading step {newest} instead")
     return params, newest
 
 
 def _newest(
     root: epath.Path, read: Callable[[epath.Path], T], steps: Sequence[int]
-) -> tuple[T, int, dict[int, str]] | None:
-    """What ``read`` makes of the newest intact checkpoint, its step, and the reasons against newer ones by step."""
-    damaged = {}
+) -> tuple[T, int, dict[int, DamagedError]] | None:
+    """What ``read`` makes of the newest intact checkpoint, its step, and what is wrong with newer ones by step."""
+    damaged: dict[int, DamagedError] = {}
     for step in reversed(steps):
         try:
             return read(root / str(step)), step, damaged
         except DamagedError as error:
-            damaged[step] = str(error)
+            damaged[step] = error
     if not damaged:
         return None
     reasons = "; ".join(f"step {step}: {reason}" for step, reason in list(damaged.items())[:3])

@@ -58,6 +58,8 @@ def join() -> None:
     if arguments.get("process_id"):
         _reach(arguments["coordinator_address"], deadline, wait)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would swallow SIGTERM, also where nobody asks it whether one has come: before training begins.
+    jax.config.update("jax_enable_preemption_service", False)
     with _giving_up_at(deadline, wait):
         try:
             jax.distributed.initialize(
@@ -194,6 +196,7 @@ def naming_the_lost() -> Iterator[None]:
     _training = True
     try:
         yield
+        _training = False
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # jaxlib makes a ValueError of some statuses
         said = " ".join(str(error).split())[:200]
         if jax.process_count() == 1 or not _NETWORK.search(said):
@@ -292,10 +295,11 @@ def tell_refusal(why: str) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):  # it may have been told before
-        _client().key_value_set(f"{_REFUSED}/{jax.process_index()}", why)
-    with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):  # they have not come
-        _client().wait_at_barrier(_REFUSED, 1000 * (LEAVE_SECONDS if _training else REFUSED_SECONDS))
+    deadline = time.monotonic() + (LEAVE_SECONDS if _training else REFUSED_SECONDS)
+    with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError, KeyboardInterrupt):  # the first may have gone
+        _client().key_value_set(f"{_REFUSED}/{jax.process_index()}", why, allow_overwrite=True)
+        while len(_refusals()) < jax.process_count() and time.monotonic() < deadline:
+            time.sleep(0.5)
 
 
 def _client() -> Any:
@@ -316,8 +320,12 @@ def _hear(key: str) -> str:
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-        for _, why in _client().key_value_dir_get(f"{_REFUSED}/"):
+        for why in _refusals():
             raise UserError(why)
+
+
+def _refusals() -> list[str]:
+    return [why for _, why in _client().key_value_dir_get(f"{_REFUSED}/")]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from core_flax import sharding
 from core_flax.agreement import Agreement
 from core_flax.checkpoint import Checkpoints
 from core_flax.config import CheckpointConfig, RunConfig
-from core_flax.distributed import first_tells, naming_the_lost
+from core_flax.distributed import agree, first_tells, naming_the_lost
 from core_flax.logs import Interval
 from core_flax.program import Program, first_state
 from core_flax.recorder import GivenUp, Recorder, is_multiple
@@ -51,6 +51,7 @@ def train(task: Task, config: RunConfig, program: Program, workdir: Path) -> dic
         state, start = restored or (first_state(task, program, config.seed), 0)
         recorder = Recorder(task, config, program, workdir, start, agreement)
         stack.enter_context(contextlib.closing(recorder))
+        agree("")  # from here on a process that ends is not heard, but missed
         stack.enter_context(naming_the_lost())
         recorder.announce(state)
         recorder.interval = saver.interval(start)

@@ -30,15 +30,20 @@ CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", "run.lock"
 C = TypeVar("C", bound=RunConfig)
 
 
-def holds_run(workdir: Path) -> bool:
+def holds_run(workdir: Path, data: str | None = None) -> bool:
     """Whether a folder holds a run, to all processes. Every process must come here.
 
+    Args:
+      workdir: the folder.
+      data: the option --data, on which it depends as well what a process does next.
+
     Raises:
-      UserError: to this one it does not, but to the first.
+      UserError: to this process it does not, but to the first, or the other way round; or not all were given --data.
     """
+    all_have({"option --data": "none" if data is None else "given"})
     is_there = (workdir / CONFIG).exists
     holds = bool(first_tells(lambda: "a run" if is_there() else ""))
-    if not (is_seen(is_there) if holds else not is_there()):
+    if not is_seen(lambda: is_there() == holds):
         raise not_shared(workdir)
     return holds
 
@@ -46,8 +51,8 @@ def holds_run(workdir: Path) -> bool:
 def not_shared(workdir: Path) -> UserError:
     """What is to be said where a process does not find what the first has written."""
     return UserError(
-        f"--workdir {workdir} is not the same folder for all processes: process {jax.process_index()} does not find in "
-        "it what the first one does; give one that they share, or one in a bucket (gs://)"
+        f"--workdir {workdir} is not the same folder for all processes: process {jax.process_index()} does not find "
+        "in it what the first one does; give one that they share, or one in a bucket (gs://)"
     )
 
 

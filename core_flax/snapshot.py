@@ -43,6 +43,10 @@ class DamagedError(Exception):
     """A checkpoint whose bytes are not those that were saved; the text is the reason."""
 
 
+class UnreadableError(DamagedError):
+    """One that the first process can read and another cannot, which may be that one's fault."""
+
+
 def named_leaves(tree: Any) -> dict[str, Array]:
     """Arrays by path ("params/encoder/kernel"), in the order of jax.tree.leaves.
 
@@ -163,19 +167,22 @@ def read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
     except DamagedError as error:
         failure = str(error)
     # What one process could not read none has: the bits of arrays that lie on several are compared by all of them.
-    _raise_any(failure)
+    _raise_any(failure, UnreadableError)
     try:
         _check_bits(manifest, arrays)
     except DamagedError as error:  # of an array that lies on each of them, one alone may have other bits
         failure = str(error)
-    _raise_any(failure)
+    _raise_any(failure, DamagedError)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
 
-def _raise_any(failure: str) -> None:
-    """Raises DamagedError if a process comes here with a failure. Every process must."""
-    if failures := list(filter(None, agree(failure))):
+def _raise_any(failure: str, of_another: type[DamagedError]) -> None:
+    """Raises DamagedError if the first process comes here with a failure, what is given if another does. All must."""
+    failures = {number: each for number, each in enumerate(agree(failure)) if each}
+    if 0 in failures:
         raise DamagedError(failures[0])
+    for number, each in failures.items():
+        raise of_another(f"process {number}: {each}")
 
 
 def read_params(folder: epath.Path, sharding: jax.sharding.Sharding | None) -> Params:

@@ -157,7 +157,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> No
     check_settings(asked, _rules(asked))
     check(asked)
     with only_run(workdir / LOCK, busy(workdir)):
-        old = load_run(workdir)[0] if holds_run(workdir) else None
+        old = load_run(workdir)[0] if holds_run(workdir, command.data) else None
         if old and not old.content:
             raise UserError(f"{workdir} holds an imported model, which is not trained on; give another --workdir")
         if old:

@@ -126,7 +126,7 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
     asked = dataclasses.replace(settings_of(command, type(preset)), optimizer=optimizer, schedule=schedule)
     check_settings(asked, param_rules(asked.model))
     with only_run(workdir / LOCK, busy(workdir)):
-        old = load_run(workdir)[0] if holds_run(workdir) else None
+        old = load_run(workdir)[0] if holds_run(workdir, command.data) else None
         if old:
             data = old.data_folder(command.data)
         else:

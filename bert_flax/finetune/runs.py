@@ -20,11 +20,11 @@ from bert_flax.huggingface import Pretrained
 from core_flax import config as configs
 from core_flax import storage
 from core_flax.checkpoint import best_step, list_steps, load_params
-from core_flax.distributed import agree, all_have, first_does, first_tells, only_run
+from core_flax.distributed import agree, all_have, first_does, first_tells, is_seen, only_run
 from core_flax.loop import train
 from core_flax.params import leaves
 from core_flax.program import make_program
-from core_flax.run import holds_run
+from core_flax.run import holds_run, not_shared
 from core_flax.sharding import make_mesh, ways_of_batch
 from core_flax.snapshot import fingerprints
 from core_flax.text.wordpiece import WordPiece
@@ -217,6 +217,9 @@ def run(
         program = make_program(learned, config)
         agree("")  # nothing is written unless every process has come so far
         first_does(new.save)
+        if not is_seen((folder / CONFIG).is_file):
+            raise not_shared(folder)
+        agree("")
         print(_shapes(PackedUnits(data.train, config.inputs.max_length, row_multiple), config), flush=True)
         resumed, began = (folder / "checkpoints").exists(), time.perf_counter()
         train(learned, config, program, folder)

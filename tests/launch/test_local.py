@@ -190,6 +190,11 @@ def test_a_process_with_other_data_is_found_out(bert_flax, tmp_path):
     assert not list(tmp_path.glob("run/*.json"))
 
 
+def test_a_process_that_was_not_given_the_data_is_found_out(bert_flax, tmp_path):
+    status, out, err = one_differs(bert_flax, tmp_path / "run", f"--data={bert_flax.data}", "--seed=0")
+    assert (status, out) == (2, "") and err.count("process 1 does not have the option --data of the first") == 2, err
+
+
 def test_a_process_with_other_settings_is_found_out(bert_flax, tmp_path):
     status, out, err = one_differs(bert_flax, tmp_path / "run", "--seed=0", "--seed=1")
     assert (status, out) == (2, "") and err.count("process 1 does not have the settings of the first") == 2, err
@@ -236,8 +241,15 @@ if os.environ["JAX_PROCESS_ID"] == "1":  # as a shared folder may be for a while
         if manifest["step"] == 6:
             raise snapshot.DamagedError("w does not have the bits that were saved")
         check(manifest, arrays)
+    read = snapshot.read_manifest
+    def stale(folder):
+        if folder.name == "6":
+            raise snapshot.DamagedError("stale file handle")
+        return read(folder)
     if fault == "unseen":
         checkpoint.list_steps = lambda directory: whole(directory)[:-1]
+    elif fault == "unreadable":
+        snapshot.read_manifest = stale
     else:
         snapshot._check_bits = failing
 main()
@@ -256,8 +268,18 @@ def test_all_processes_go_on_from_the_same_step(bert_flax, finished_run, tmp_pat
     shutil.copytree(finished_run, run)
     status, out, err = resume_with_one_behind(bert_flax, run, "damaged")
     assert status == 0, err
-    assert "[0] resumes at step 4" in out and "checkpoint of step 6 is damaged (w does not have the bits" in err
+    assert "[0] resumes at step 4" in out and "checkpoint of step 6 is damaged (process 1: w does not have" in err
     assert losses(run) == pytest.approx(losses(finished_run), abs=1e-5)
+
+
+def test_a_checkpoint_that_one_process_cannot_read_stays(bert_flax, finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    status, out, err = resume_with_one_behind(bert_flax, run, "unreadable")
+    assert status == 0, err
+    said = "checkpoint of step 6 cannot be read by all (process 1: stale file handle): going back to step 4"
+    assert "[0] resumes at step 4" in out and said in err
+    assert not list(run.glob("checkpoints/*.corrupt")) and 6 in list_steps(run / "checkpoints")
 
 
 def test_a_checkpoint_that_one_process_does_not_see_is_no_damaged_one(bert_flax, finished_run, tmp_path):
