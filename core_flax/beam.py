@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from core_flax import cache as caches
 from core_flax.config import check_range
-from core_flax.decode import begin, in_parts, is_stop, next_logits, proceed
+from core_flax.decode import Generation, begin, in_parts, is_stop, next_logits, proceed
 from core_flax.sampling import top_k_of_rows
 from core_flax.types import Array, Params, UserError
 
@@ -101,7 +101,7 @@ def beam_search(
     stop: tuple[int, ...],
     allowed_V: Array | None = None,
 ) -> Hypotheses:
-    """The best sequences for each row: ``greedy`` with one beam, else ``start_beams`` and ``run_beams`` to the end.
+    """The best sequences for each row: ``begin``, ``start_beams`` and ``run_beams`` to the end.
 
     Args:
       model: a module with ``extend`` and ``logits``.
@@ -115,48 +115,23 @@ def beam_search(
       stop: tokens that end a sequence.
       allowed_V: bool; False for tokens that must not come. Their probability is not given to the others. None: all may.
     """
-    given = model, params, cache, prompts_BL, num_prompt_B, limit_B
-    if search.beam_size == 1:
-        return greedy(*given, length=length, search=search, stop=stop, allowed_V=allowed_V)
-    beams = start_beams(*given, length=length, search=search)
-    return run_beams(model, params, beams, 0, search=search, stop=stop, allowed_V=allowed_V).found
-
-
-@partial(jax.jit, static_argnames=("model", "length", "search", "stop"))
-def greedy(
-    model: nn.Module,
-    params: Params,
-    cache: Any,
-    prompts_BL: Array,
-    num_prompt_B: Array | None = None,
-    limit_B: Array | None = None,
-    *,
-    length: int,
-    search: BeamSearch,
-    stop: tuple[int, ...],
-    allowed_V: Array | None = None,
-) -> Hypotheses:
-    """The search with one beam, which goes on from the most probable token; arguments are those of ``beam_search``."""
     start = begin(model, params, cache, prompts_BL, num_prompt_B, limit_B, length=length)
-    end = proceed(model, params, start, length, stop=stop, allowed_V=allowed_V)
+    if search.beam_size == 1:
+        return _greedy(proceed(model, params, start, length, stop=stop, allowed_V=allowed_V), search)
+    return run_beams(model, params, start_beams(start, search), search=search, stop=stop, allowed_V=allowed_V).found
+
+
+@partial(jax.jit, static_argnames="search")
+def _greedy(end: Generation, search: BeamSearch) -> Hypotheses:
+    """The search with one beam, which goes on from the most probable token."""
     scores_B = end.log_probs_B / search.divisor(end.num_tokens_B)
     return Hypotheses(end.tokens_BL[:, None], end.num_tokens_B[:, None], scores_B[:, None], end.log_probs_B[:, None])
 
 
-@partial(jax.jit, static_argnames=("model", "length", "search"))
-def start_beams(
-    model: nn.Module,
-    params: Params,
-    cache: Any,
-    prompts_BL: Array,
-    num_prompt_B: Array | None = None,
-    limit_B: Array | None = None,
-    *,
-    length: int,
-    search: BeamSearch,
-) -> Beams:
-    """Reads the prompts, each the one live sequence of its sentence; arguments are those of ``beam_search``."""
-    start = begin(model, params, cache, prompts_BL, num_prompt_B, limit_B, length=length)
+@partial(jax.jit, static_argnames="search")
+def start_beams(start: Generation, search: BeamSearch) -> Beams:
+    """The prompts that ``core_flax.decode.begin`` has read, each the one live sequence of its sentence."""
+    length = start.tokens_BL.shape[1]
     batch_size, beams = len(start.ended_B), search.beam_size
     none_BC = jnp.full((batch_size, search.n_best), -jnp.inf, jnp.float32)
     found = Hypotheses(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from core_flax import cache as caches
 from core_flax import sharding
 from core_flax.beam import Beams, BeamSearch, Hypotheses, beam_search, refill, run_beams, start_beams
-from core_flax.decode import Generation, generate, row_keys
+from core_flax.decode import Generation, begin, generate, row_keys
 from core_flax.sampling import Sampling
 from core_flax.types import Array, Params
 
@@ -244,7 +244,7 @@ def _started(
     model: Any, params: Params, tokens: Array, valid: Array, *, length: int, bos_id: int, search: BeamSearch
 ) -> Beams:
     cache, starts_BL, limit_B = _opened(model, params, tokens, valid, length, bos_id)
-    return start_beams(model, params, cache, starts_BL, limit_B=limit_B, length=length, search=search)
+    return start_beams(begin(model, params, cache, starts_BL, limit_B=limit_B, length=length), search)
 
 
 def _opened(

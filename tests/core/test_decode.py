@@ -253,7 +253,7 @@ def test_sentences_that_join_another_search_end_as_they_would(model, params):
 
     def start(rows):
         given = PROMPTS[rows], NUM_PROMPT[rows], limits[rows]
-        return start_beams(model, params, model.init_cache(3, ROOM), *given, length=LENGTH, search=search)
+        return start_beams(begin(model, params, model.init_cache(3, ROOM), *given, length=LENGTH), search)
 
     first = start([0, 1, 2])
     kinds = [x.aval for x in jax.tree.leaves(first)]
