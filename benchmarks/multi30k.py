@@ -7,7 +7,8 @@
 tok is the form that published figures use: lower-cased, tokenised, scored at spaces without regard to case. A model of
 it has no capital letters to write, so the score with case is of a second model, trained on the raw files. Each has a
 joint vocabulary of 10,000 pieces, trains by its preset's recipe with the options of RECIPES, is averaged over its last
-checkpoints and translates the test set of 2016 with a beam of 5. Nothing is chosen by the test set.
+checkpoints and translates the test set of 2016 with a beam of 5. Nothing is chosen by the test set. With --steps and
+--options a run is another one, in a folder of its own.
 
 It may be stopped at any time and started again with the same command: what DIR holds is not repeated, and training goes
 on from where it was saved. The report is written anew after each model, from all that DIR holds; --report writes it and
@@ -57,21 +58,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=["transformer_tiny"], choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="steps of each; default: the presets'")
-    parser.add_argument("--options", help="more options of seq2seq-flax train, in one word")
+    parser.add_argument("--options", default="", help="more options of seq2seq-flax train, in one word")
+    parser.add_argument("--name", help="of a run with --options")
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--output", type=Path, default=runs.RESULTS / "multi30k", help="without an ending")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace, preset: str, form: str, folder: Path) -> None:
-    """Trains one model and translates, unless that is done; leaves DIR/FORM_PRESET_SEED/result.json."""
+    """Trains one model and translates, unless that is done; leaves result.json in its folder in DIR."""
     train, valid, test = ([folder.resolve() / name.format(side) for side in ("en", "de")] for name in FILES[form])
     home = options.workdir.resolve()
     words = ["--train", *train, "--valid", *valid, "--vocab-size", "10000", "--character-coverage", "1.0"]
     data, preparation = runs.prepared(home / f"data_{form}", *words)
-    workdir = home / f"{form}_{preset}_{options.seed}"
+    workdir = home / "_".join(map(str, [form, preset, options.seed, *filter(None, [options.steps, options.name])]))
     recipe, last = RECIPES[preset]
-    recipe = [*recipe, "--seed", str(options.seed), *(options.options or "").split()]
+    recipe = [*recipe, "--seed", str(options.seed), *options.options.split()]
     recipe += ["--train.num-steps", str(options.steps)] if options.steps else []
     facts = runs.trained(workdir, preset, data, recipe, last)
     if (workdir / "result.json").exists():
@@ -99,10 +101,12 @@ def run(options: argparse.Namespace, preset: str, form: str, folder: Path) -> No
 
 def report(options: argparse.Namespace) -> None:
     """Writes page, figures and curve from the results there are."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.workdir.glob("*/result.json"))]
-    if not found:
+    paths = sorted(options.workdir.glob("*/result.json"))
+    if not paths:
         return
-    found.sort(key=lambda each: (each["form"] == "raw", [*RECIPES].index(each["preset"]), each["seed"]))
+    found = [json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name} for path in paths]
+    order = [*RECIPES]
+    found.sort(key=lambda each: (each["form"] == "raw", order.index(each["preset"]), each["steps"], each["folder"]))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     options.output.with_suffix(".md").write_text(page(options, found), encoding="utf-8")
@@ -144,7 +148,8 @@ def page(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
     for each in found:
         home = each["training"]["command"].split("--workdir ")[1].split()[0]
         text += [
-            f"**{each['preset']}, {each['form']}, seed {each['seed']}**: {runs.where_from(each['training'])};",
+            f"**{each['preset']}, {each['form']}, {each['steps']:,} steps, seed {each['seed']}**:",
+            f"{runs.where_from(each['training'])};",
             f"{each['training']['average']}.",
             "",
             "```",
@@ -158,19 +163,14 @@ def page(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def name_of(result: dict[str, Any]) -> str:
-    """The folder of a run."""
-    return f"{result['form']}_{result['preset']}_{result['seed']}"
-
-
 def draw(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     """Loss per target token in training and held out, by step."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for number, each in enumerate(found):
-        lines = runs.records(options.workdir / name_of(each))
+        lines = runs.records(options.workdir / each["folder"])
         for name, style in (("nll", ":"), ("held_out/nll", "-")):
             points = [(line["step"], line[name]) for line in lines if name in line]
-            label = f"{each['preset']}, {each['form']}" if name != "nll" else None
+            label = f"{each['preset']}, {each['form']}, {each['steps']:,} steps" if name != "nll" else None
             axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
     axes.set(xlabel="step", ylabel="loss per target token (nats); dotted: in training", ylim=(0, 5))
     axes.legend(frameon=False)
