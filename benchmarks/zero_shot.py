@@ -175,6 +175,7 @@ def run(options: argparse.Namespace, study: Study) -> None:
     def translate(which: Path, text: Path, into: str, name: str) -> Path:
         output = which / f"{name}.{into}"
         words = ["--workdir", which, "--input", text, "--output", output, "--target-lang", into, *SEARCH]
+        words += ["--long", "split"]  # what a model has written, and is to read again, may be of any length
         if not output.exists():
             runs.call(output.with_suffix(".log"), "translate", *words)
         return output

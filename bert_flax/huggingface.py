@@ -16,6 +16,7 @@ import numpy as np
 from bert_flax.config import BertConfig
 from bert_flax.huggingface_names import HEADS, arrays_from, params_from, tensors
 from bert_flax.huggingface_vocabulary import read_vocabulary, write_vocabulary
+from core_flax import storage
 from core_flax.text.wordpiece import WordPiece
 from core_flax.types import Params, UserError
 from core_flax.weight_files import SAFETENSORS, Report, config_from, read_json, read_weights, write_safetensors
@@ -125,7 +126,7 @@ def save_pretrained(
     BertForNextSentencePrediction or BertModel. Files that are there are replaced.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     architecture = head.architecture if head else _architecture(params)
     arrays = arrays_from(params, config)
     if architecture == "BertModel":

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bert_flax import vocabulary_sample
 from core_flax.config import check_range
-from core_flax.data import beam, corpora, folder, records
+from core_flax.data import corpora, folder, pipeline, records
 from core_flax.data.corpora import Part
 from core_flax.data.feed import ordered_map
 from core_flax.signals import Stopped
@@ -30,7 +30,7 @@ _BLOCK_CHARACTERS = 4 << 20
 _ENCODE_SENTENCES = 1024
 _OWN_FILES = re.compile(
     r"(train|valid)-\d{5}(-of-\d{5})?\.arrayrecord(\.partial)?|(train|valid)\.(index|unigram)\.(npy|partial)|"
-    r"vocab\.txt|manifest\.json(\.partial)?|prepare\.lock|" + beam.PARTIAL
+    r"vocab\.txt|manifest\.json(\.partial)?|prepare\.lock|" + pipeline.PARTIAL
 )
 
 
@@ -343,7 +343,7 @@ def _encoded(config: PrepareConfig, encoder: _Encoder, directory: Path) -> Itera
         yield from ordered_map(encoder, blocks, num_processes=workers if workers > 1 else 0, ahead=workers + 2)
         return
     work, first = _InputEncoder(encoder, config.documents, config.document_start), 0
-    for results in beam.each_of(work, config.input, config.beam, directory):
+    for results in pipeline.each_of(work, config.input, config.beam, directory):
         last = first
         for block in results:
             yield [dataclasses.replace(each, document=first + each.document) for each in block]

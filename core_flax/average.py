@@ -6,7 +6,7 @@ on the way is better than the last of them is Polyak and Juditsky 1992.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from core_flax import config as configs
 from core_flax import storage
 from core_flax.checkpoint import Checkpoints, list_steps, load_params
 from core_flax.config import CheckpointConfig
@@ -26,35 +27,42 @@ _MOST = 10
 """Checkpoints that are averaged where nobody says how many."""
 
 
-def average(workdir: str, last: int | None, output: str | None = None) -> tuple[Path, list[int]]:
+def average(
+    workdir: str, last: int | None, output: str | None = None, *, kinds: Collection[str]
+) -> tuple[Path, list[int]]:
     """Write the mean of a run's last checkpoints as a folder with one checkpoint, of the last one's step.
 
     It has the run's settings and tokenizer, so whatever reads a run's parameters reads it; there is nothing of an
-    optimizer, so training cannot go on from it.
+    optimizer, so training cannot go on from it. Of a run that keeps a moving average of its parameters
+    (train.ema_decay) it is the mean of those.
 
     Args:
       workdir: folder of the run.
       last: how many checkpoints, the newest of those that are there; None: all, but no more than 10.
       output: folder to write; None: WORKDIR/averaged-<last>.
+      kinds: the family's kinds of runs.
 
     Returns:
       (the folder, the steps that were averaged).
 
     Raises:
-      UserError: there is no run, it has not so many checkpoints, one is damaged, or the output is not empty.
+      UserError: there is no run of these kinds, it has not so many checkpoints, one is damaged, it is a mean itself,
+        or the output is not empty.
     """
     folder = storage.folder("--workdir", workdir)
     if last is not None and last < 1:
         raise UserError(f"--last {last}: must be 1 or more")
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no run: {CONFIG} is missing; give the --workdir of a training run")
+    if (before := configs.load(folder / CONFIG, kinds, averaged=int | None)["averaged"]) is not None:
+        raise UserError(f"{folder} is the mean of {before} checkpoints already; give the --workdir of their run")
     steps = list_steps(folder / CHECKPOINTS)
     if last is None:
         last = max(1, min(_MOST, len(steps)))
     home = new_folder(folder / f"averaged-{last}" if output is None else output)
+    if not steps:
+        raise UserError(f"{folder} has no checkpoint yet; train until it saves one")
     if len(steps) < last:
         raise UserError(
-            f"--last {last}: {folder} has {len(steps)} checkpoints (steps {', '.join(map(str, steps)) or 'none'}); ask "
+            f"--last {last}: {folder} has {len(steps)} checkpoints (steps {', '.join(map(str, steps))}); ask "
             "for fewer, or train with --checkpoint.keep-last that high"
         )
     params = mean_of(folder / CHECKPOINTS, steps[-last:])

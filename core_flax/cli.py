@@ -128,6 +128,9 @@ def suggest(word: str, known: Any) -> str:
 def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None, description: str = "") -> T:
     """Parses options into a dataclass; its fields' docstrings are the help.
 
+    A class whose options do not all go together has a method ``check_given``, which is told those that stood there
+    (``options_given``), so that one is refused as well that says what holds anyway.
+
     Raises:
       UserError: an unknown option (with the nearest known one), a value of the wrong type, a missing option, a list
         that is given twice, of which the first would be lost.
@@ -137,7 +140,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
+            parsed = tyro.cli(
                 cls, args=list(argv), prog=prog, description=description or None, registry=_registry, **given
             )
     except SystemExit as stop:
@@ -147,6 +150,9 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
         missing = _missing(cls, argv, tyro.MISSING if default is None else default) if "Missing from" in box else []
         wrong = f"{', '.join(missing)} must be given" if missing else _first_sentence(box)
         raise UserError(f"{wrong}; see {prog} --help") from None
+    if check := getattr(parsed, "check_given", None):
+        check(options_given(cls, argv))
+    return parsed
 
 
 def _check_names(cls: Any, argv: Sequence[str], prog: str) -> None:
@@ -184,6 +190,15 @@ def options_given(cls: Any, argv: Sequence[str]) -> frozenset[str]:
             given.add(_option(argument))
         is_value = not is_value and "=" not in argument and known.get(_option(argument), False)
     return frozenset(given & known.keys())
+
+
+def options_changed(config: Any) -> frozenset[str]:
+    """The options of a flat dataclass whose values are not the defaults: what is known where no command line is."""
+    return frozenset(
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING and getattr(config, field.name) != field.default
+    )
 
 
 def parse_preset(

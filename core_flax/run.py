@@ -120,8 +120,7 @@ class Run(Generic[C]):
         agree("")  # nothing else is written unless all of them see it
 
     def _save(self, tokenizer_file: str, write_tokenizer: Callable[[Path], None]) -> None:
-        with storage.writing(self.workdir):
-            storage.make_folder(self.workdir)
+        storage.make_folder(self.workdir)
         home = storage.absolute(self.workdir)  # the folder of a run may be moved, with the data that is in it
         data = self.data.relative_to(home) if self.data.is_relative_to(home) else self.data
         with storage.replacing(self.workdir / tokenizer_file) as partial:

@@ -37,9 +37,10 @@ def absolute(path: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, and those it lies in; a bucket has none that are empty."""
+    """Makes a folder, and those it lies in; a bucket has none that are empty. Raises UserError as ``writing`` does."""
     if not is_remote(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def folder(option: str, name: str) -> Path:
@@ -119,6 +120,19 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.replace(whole)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if a local file cannot be written: before hours are spent on what it is to hold.
+
+    The folders it lies in are made.
+    """
+    make_folder(path.parent)
+    with writing(path):
+        was_there = path.exists()
+        path.open("a").close()
+        if not was_there:
+            path.unlink()
 
 
 def files(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from core_flax import storage
 from core_flax.types import Params, UserError
 from core_flax.weight_files import SAFETENSORS, Report, config_from, read_json, read_weights, write_safetensors
 from core_flax.weight_names import check_array
@@ -123,7 +124,7 @@ def save_pretrained(
       end_id: the token that ends a text, at which their ``generate`` stops; None: none.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     write_safetensors(folder / SAFETENSORS, arrays_from(params, config))
     # Where these are missing they take those of the published vocabularies.
     marks = {"bos_token_id": start_id, "eos_token_id": end_id}

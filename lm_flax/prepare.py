@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from core_flax.config import check_range
-from core_flax.data import beam, corpora, folder
+from core_flax.data import corpora, folder, pipeline
 from core_flax.data.feed import ordered_map
 from core_flax.storage import local_folder
 from core_flax.text.wordpiece import single_threaded
@@ -30,7 +30,7 @@ _PIECE_CHARACTERS = 1 << 14
 """SentencePiece leaves out sentences of more than 65536 bytes, which four times as many characters may be."""
 _OWN_FILES = re.compile(
     r"(train|valid)\.(tokens(\.partial)?|(ends|counts)\.npy)|tokenizer\.(json|model)|manifest\.json(\.partial)?|"
-    r"prepare\.lock|" + beam.PARTIAL
+    r"prepare\.lock|" + pipeline.PARTIAL
 )
 
 
@@ -272,7 +272,7 @@ def _encoded(config: PrepareConfig, text: Text, encoder: _Encoder, directory: Pa
     """All of the text, block by block."""
     if config.beam:
         work = _InputEncoder(text, encoder)
-        yield from itertools.chain.from_iterable(beam.each_of(work, text.inputs, config.beam, directory))
+        yield from itertools.chain.from_iterable(pipeline.each_of(work, text.inputs, config.beam, directory))
         return
     size = corpora.stored_bytes((*config.input, *config.valid))
     # To start processes takes longer than to encode a few megabytes.

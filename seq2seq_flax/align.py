@@ -63,11 +63,13 @@ class Alignment:
       source: S words, with what the model reads beside them (``</s>``, a language piece).
       target: T words, ``</s>`` at their end.
       shares_TS: of which each row sums to 1.
+      unknown: pieces of both that stand for what is not in the vocabulary.
     """
 
     source: list[str]
     target: list[str]
     shares_TS: np.ndarray
+    unknown: int = 0
 
 
 def run(command: AlignCommand) -> None:
@@ -83,6 +85,8 @@ def run(command: AlignCommand) -> None:
     with storage.replacing(output) as partial:
         draw(found, partial)
     print(f"{output}: {' '.join(found.target[:-1])}")
+    if found.unknown:
+        print(f"{found.unknown:,} pieces stand for what is not in the vocabulary: shown as ⁇")
 
 
 def align(
@@ -108,10 +112,14 @@ def align(
     (line,) = translator.encode([("the text", text)], translator.language_prefix(target_lang), "never")
     if not line.pieces:
         raise UserError("the text holds nothing that the vocabulary knows")
-    if target is None:
-        target = translator.translate([line], BeamSearch())[0][0].text
+    own = translator.translate([line], BeamSearch())[0][0].text if target is None else target
     encode = getattr(tokenizer, "encode_targets", tokenizer.encode)
-    source_ids, target_ids = list(line.pieces[0]), [*encode([target])[0], tokenizer.eos_id]
+    source_ids, target_ids = list(line.pieces[0]), [*encode([own])[0], tokenizer.eos_id]
+    if target is not None and len(target_ids) > translator.max_length:
+        raise UserError(
+            f"--target has {len(target_ids)} tokens, more than the {translator.max_length} that {translator.name} "
+            "takes; shorten it"
+        )
     shares_NLM = attention(translator.model, translator.params, source_ids, [tokenizer.bos_id, *target_ids[:-1]])
     if not len(shares_NLM):
         raise UserError(f"{translator.name} has no attention to the source")
@@ -124,7 +132,8 @@ def align(
     )
     # A word is looked at as much as its pieces together, and looks as its pieces do on average.
     shares_LS = np.stack([shares_LM[:, span].sum(1) for span in source_spans], axis=1)
-    return Alignment(source_words, target_words, np.stack([shares_LS[span].mean(0) for span in target_spans]))
+    shares_TS = np.stack([shares_LS[span].mean(0) for span in target_spans])
+    return Alignment(source_words, target_words, shares_TS, [*source_ids, *target_ids].count(tokenizer.unk_id))
 
 
 def attention(model: Any, params: Any, source: Sequence[int], target: Sequence[int]) -> np.ndarray:

@@ -123,10 +123,12 @@ class AverageCommand:
 
 def _average(argv: Sequence[str]) -> None:
     from core_flax.average import average
+    from seq2seq_flax.runs import KINDS
 
     command = cli.parse(AverageCommand, argv, f"{PROG} average", description=AverageCommand.__doc__ or "")
-    output, steps = average(command.workdir, command.last, command.output)
-    print(f"{output}: the mean of {len(steps)} checkpoints, steps {', '.join(map(str, steps))}")
+    output, steps = average(command.workdir, command.last, command.output, kinds=KINDS)
+    of = "checkpoint, step" if len(steps) == 1 else "checkpoints, steps"
+    print(f"{output}: the mean of {len(steps)} {of} {', '.join(map(str, steps))}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ BLEU depends on how text is cut into words and on case, so it is never printed w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from core_flax import storage
 from core_flax.beam import BeamSearch
+from core_flax.cli import options_changed
 from core_flax.config import check_range
 from core_flax.run import Run, kind_of, on_all_held_out
 from core_flax.run import evaluate as run_evaluate
@@ -30,9 +31,9 @@ from seq2seq_flax.task import make_task
 from seq2seq_flax.translate import check_greedy
 from seq2seq_flax.translator import Line, Translator
 
-_MODEL = ("input", "output", "target_lang", "data", "step")
-_TRANSLATIONS = ("output", "target_lang", "tokenize", "lowercase")
-_SEARCH = ("beam_size", "length_penalty", "batch_size", "long")
+_MODEL = ("--input", "--output", "--target-lang", "--data", "--step")
+_TRANSLATIONS = ("--output", "--target-lang", "--tokenize", "--lowercase")
+_SEARCH = ("--beam-size", "--length-penalty", "--batch-size", "--long")
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,15 @@ class EvaluateCommand:
         """Raises UserError on a value out of range, and on options that do not go together."""
         check_range("", self, "beam_size", "batch_size", least=1, most=2**16)
         check_range("", self, "step", least=0)
-        check_greedy(self)
         if (self.workdir is None) == (self.hypotheses is None):
             raise UserError("give --workdir, to score a model, or --hypotheses, to score a file: one of them")
         if self.hypotheses is not None:
-            self._refuse("is about a model: it does not go with --hypotheses", *_MODEL, *_SEARCH)
             if self.reference is None:
                 raise UserError("--reference must be given: what the hypotheses are compared with")
         elif (self.input is None) != (self.reference is None):
             missing = "--input" if self.input is None else "--reference"
             raise UserError(f"{missing} must be given: a model is scored by --input and --reference together")
-        elif self.input is None:
-            self._refuse("is about translations: it goes with --input and --reference", *_TRANSLATIONS)
+        self.check_given(options_changed(self))
         if self.output is not None:
             read = [Path(name).resolve() for name in (self.input, self.reference) if name is not None]
             if Path(self.output).resolve() in read:
@@ -95,20 +93,28 @@ class EvaluateCommand:
         if (self.input, self.hypotheses, self.reference).count("-") > 1:
             raise UserError("the standard input can be one of the texts; give files for the others")
 
-    def _refuse(self, why: str, *names: str) -> None:
-        """Raises UserError if one of these options has been given."""
-        for name in names:
-            if getattr(self, name) != getattr(type(self), name):
-                raise UserError(f"--{name.replace('_', '-')} {why}")
+    def check_given(self, given: Collection[str]) -> None:
+        """Raises UserError if one of these options (cli.options_given) has nothing to say beside the others."""
+        if self.hypotheses is not None:
+            _refuse("is about a model: it does not go with --hypotheses", given, *_MODEL, *_SEARCH)
+        elif self.input is None:
+            _refuse("is about translations: it goes with --input and --reference", given, *_TRANSLATIONS)
+        check_greedy(self.beam_size, given)
 
     def refuse_search(self) -> None:
         """Raises UserError if it is said how to translate, where nothing is."""
-        self._refuse("is about translations: it goes with --input and --reference", *_SEARCH)
+        _refuse("is about translations: it goes with --input and --reference", options_changed(self), *_SEARCH)
 
     @property
     def search(self) -> BeamSearch:
         """How translations are found."""
         return BeamSearch(beam_size=self.beam_size, length_penalty=self.length_penalty)
+
+
+def _refuse(why: str, given: Collection[str], *options: str) -> None:
+    for option in options:
+        if option in given:
+            raise UserError(f"{option} {why}")
 
 
 @dataclass(frozen=True)
@@ -170,8 +176,8 @@ def evaluate(command: EvaluateCommand) -> None:
     sources, references = [], []
     if command.input is not None and command.reference is not None:
         sources, references = _read(command.input, command.reference, may_be_empty=False)
-    if command.output is not None and not Path(command.output).parent.is_dir():  # before there is anything to lose
-        raise UserError(f"--output {command.output}: there is no folder {Path(command.output).parent}; make it first")
+    if command.output is not None:
+        storage.check_writable(Path(command.output))  # before there is anything to lose
     folder = storage.folder("--workdir", command.workdir)
     imported = kind_of(folder) == pretrained.KIND or pretrained.is_hugging_face(folder)
     if imported and command.data is not None:
@@ -192,10 +198,10 @@ def evaluate(command: EvaluateCommand) -> None:
         )
     if translator:
         texts = _translated(translator, lines, command)
+        _print_score(score(texts, references, command.tokenize, command.lowercase))
         if command.output is not None:
             with replacing(Path(command.output)) as partial:
                 partial.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-        _print_score(score(texts, references, command.tokenize, command.lowercase))
 
 
 def _read(first: str, second: str, may_be_empty: bool) -> tuple[list[str], list[str]]:

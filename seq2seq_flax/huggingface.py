@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from core_flax import storage
 from core_flax.text.sentencepiece_model import SentencePiece
 from core_flax.types import Params, UserError
 from core_flax.weight_files import SAFETENSORS, Report, config_from, read_json, read_weights, write_safetensors
@@ -147,7 +148,7 @@ def save_pretrained(
     """
     check_exportable(config)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     if isinstance(tokenizer, SentencePiece):
         vocabulary = MarianVocabulary.of(tokenizer)
         # Rows beyond it stand for nothing: here they are never generated, and there they would be.

@@ -35,14 +35,20 @@ def in_words(number: int, language: str) -> str:
 def draw(count: int, held_out: int, seed: int = 0, digits: int = 6) -> tuple[list[int], list[int]]:
     """(numbers to train on, held-out numbers), without a number in common.
 
-    Of both, every length from three digits on is as frequent; the first also have all numbers of one and two digits.
+    Lengths from three digits on are drawn alike, and a number that came before is drawn anew: so of the 900 numbers of
+    three digits there are fewer. Those to train on also have all numbers of one and two digits.
 
     Args:
       count: how many to train on; those of one or two digits come on top.
       held_out: how many to hold out.
       seed: of the drawing.
       digits: the longest have so many.
+
+    Raises:
+      ValueError: there are not so many numbers of three digits and more.
     """
+    if count + held_out > 10**digits - _ALWAYS:
+        raise ValueError(f"{count} + {held_out} numbers of 3 to {digits} digits: there are not so many")
     source = np.random.default_rng(seed)
     found: dict[int, None] = {}
     while len(found) < count + held_out:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from core_flax.cli import options_changed
 from core_flax.config import check_range
 from core_flax.data import folder
 from core_flax.storage import local_folder
@@ -22,6 +23,7 @@ from seq2seq_flax.pairs import SPLITS, TOKENIZER, Manifest, PairStore, PairWrite
 from seq2seq_flax.parallel_text import Pair, ParallelText, parse_direction
 
 _BLOCK_PAIRS = 4096
+_VOCAB_SIZE = 8000
 _OWN_FILES = re.compile(
     r"(train|valid)-\d{5}(-of-\d{5})?\.arrayrecord(\.partial)?|(train|valid)\.index\.(npy|partial)|"
     r"tokenizer\.model|manifest\.json(\.partial)?|prepare\.lock"
@@ -48,9 +50,9 @@ class PrepareConfig:
     """In place of --valid, likewise."""
     both_directions: bool = False
     """Use every --pair and --valid-pair from its target language to its source language as well."""
-    vocab_size: int = 8000
-    """Pieces of the joint vocabulary that is trained on both sides of the training pairs, unless --tokenizer gives
-    one."""
+    vocab_size: int | None = None
+    """Pieces of the joint vocabulary that is trained on both sides of the training pairs. None: 8000, or as many as
+    --tokenizer has."""
     model: Algorithm = "bpe"
     """What is trained: byte-pair encoding or the unigram model."""
     tokenizer: str | None = None
@@ -79,6 +81,18 @@ class PrepareConfig:
         check_range("", self, "max_ratio", least=1)
         check_range("", self, "vocab_sample_mb", above=0)
         check_range("", self, "character_coverage", least=0.9, most=1)
+        self.check_given(options_changed(self))
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Raises UserError if one of these options (cli.options_given) has nothing to say beside --tokenizer."""
+        for option in ("--model", "--character-coverage", "--vocab-sample-mb") if self.tokenizer is not None else ():
+            if option in given:
+                raise UserError(f"{option} is for a vocabulary that is trained: it does not go with --tokenizer")
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of a vocabulary that is trained."""
+        return _VOCAB_SIZE if self.vocab_size is None else self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -131,15 +145,11 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 def _given_tokenizer(config: PrepareConfig) -> SentencePiece | None:
-    """That of --tokenizer, if there is one. Raises UserError on settings for one that is trained."""
+    """That of --tokenizer, if there is one. Raises UserError if it has not the size that was asked for."""
     if config.tokenizer is None:
         return None
-    for name in ("model", "character_coverage", "vocab_sample_mb"):
-        if getattr(config, name) != getattr(PrepareConfig, name):
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} is for a vocabulary that is trained: it does not go with --tokenizer")
     tokenizer = SentencePiece.load(config.tokenizer)
-    if config.vocab_size not in (PrepareConfig.vocab_size, tokenizer.num_tokens):
+    if config.vocab_size not in (None, tokenizer.num_tokens):
         raise UserError(
             f"--vocab-size {config.vocab_size} contradicts --tokenizer {config.tokenizer}, which has "
             f"{tokenizer.num_tokens} pieces; leave one out"
@@ -176,8 +186,8 @@ def _inputs(config: PrepareConfig) -> _Inputs:
 
 def _settings(config: PrepareConfig, inputs: _Inputs, tokenizer: SentencePiece | None) -> dict[str, Any]:
     """All that the output depends on, as JSON values."""
-    names = ("vocab_size", "model", "character_coverage", "vocab_sample_mb")
-    trained = {name: getattr(config, name) for name in names}
+    names = ("model", "character_coverage", "vocab_sample_mb")
+    trained = {"vocab_size": config.num_pieces, **{name: getattr(config, name) for name in names}}
     filters = ("max_length", "max_ratio", "deduplicate", "empty", "both_directions")
     return {
         "input": {
@@ -213,10 +223,15 @@ def _read(texts: list[ParallelText], title: str) -> Iterator[tuple[ParallelText,
 
 
 def _train_tokenizer(config: PrepareConfig, inputs: _Inputs) -> SentencePiece:
-    pairs = (pair for _, pair in _read(inputs.texts["train"], "1/2 drawing text for the vocabulary"))
-    sample = _draw(pairs, int(config.vocab_sample_mb * 1e6))
+    def pairs() -> Iterator[Pair]:
+        for _, pair in _read(inputs.texts["train"], "1/2 drawing text for the vocabulary"):
+            if config.empty == "refuse" and not (pair.source and pair.target):  # before a vocabulary is trained
+                raise _is_empty(pair, has_source=bool(pair.source))
+            yield pair
+
+    sample = _draw(pairs(), int(config.vocab_sample_mb * 1e6))
     texts = [text for pair in sample for text in (pair.source, pair.target) if text]
-    return sentencepiece_model.train(texts, config.vocab_size, config.model, config.character_coverage)
+    return sentencepiece_model.train(texts, config.num_pieces, config.model, config.character_coverage)
 
 
 def _draw(pairs: Iterable[Pair], max_bytes: int) -> list[Pair]:
@@ -292,6 +307,12 @@ def _write(config: PrepareConfig, inputs: _Inputs, split: str, tokenizer: Senten
                 writer.write([*tag, *before, tokenizer.eos_id], [*after, tokenizer.eos_id], numbers[direction])
 
 
+def _is_empty(pair: Pair, has_source: bool) -> UserError:
+    """What is said of a pair that lacks a side."""
+    side = "the target" if has_source else "the source"
+    return UserError(f"{pair.where}: {side} of the pair is empty; mend it, or leave such pairs out with --empty drop")
+
+
 class _Filter:
     """Decides pair by pair, in stream order, what is left out and why."""
 
@@ -307,10 +328,7 @@ class _Filter:
         config = self._config
         if not source or not target:
             if config.empty == "refuse":
-                side = "the target" if source else "the source"
-                raise UserError(
-                    f"{pair.where}: {side} of the pair is empty; mend it, or leave such pairs out with --empty drop"
-                )
+                raise _is_empty(pair, has_source=bool(source))
             return "empty"
         shorter, longer = sorted((len(source), len(target)))
         # A source asks for its language; with both directions, either side is one.

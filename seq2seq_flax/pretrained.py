@@ -32,8 +32,10 @@ def import_hf(folder: str, output: str) -> None:
     Raises:
       UserError: the folder cannot be read (see load_pretrained), or the output is not empty.
     """
-    home = new_folder(output)
-    pretrained = load_pretrained(storage.local_folder("FOLDER", folder))
+    home, source = new_folder(output), storage.local_folder("FOLDER", folder)
+    if (kind := kind_of(source)) is not None:
+        raise UserError(f"{folder} is ours already, of kind {kind}: give it as it is, as --workdir")
+    pretrained = load_pretrained(source)
     save_imported(home, pretrained)
     _tell(output, pretrained)
 
@@ -70,6 +72,8 @@ def load_model(path: str, step: int | None = None) -> Pretrained:
     """
     folder = storage.folder("--workdir", path)
     kind = kind_of(folder)
+    if kind is None and not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no model: {CONFIG} is missing; give the folder of a run, or Hugging Face's")
     if kind is None:
         if step is not None:
             raise UserError(f"--step {step}: {path} is a folder of Hugging Face's, which has no steps")

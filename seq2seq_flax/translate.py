@@ -4,14 +4,15 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Literal, cast
 
 from tqdm import tqdm
 
 from core_flax.beam import BeamSearch
+from core_flax.cli import options_changed
 from core_flax.config import check_range
 from core_flax.data import corpora
 from core_flax.sampling import Sampling
@@ -57,7 +58,8 @@ class TranslateCommand:
     min_p: float | None = None
     """With --sample: draw from tokens with this share of the best one's probability, or more; None: from all."""
     seed: int = 0
-    """With --sample: of what is drawn for a line, with its place among those that are not empty."""
+    """With --sample: of what is drawn for a line, with its place among what is translated: an empty line does not
+    count, one in pieces counts as so many."""
     batch_size: int = 64
     """Sentences that are translated at a time."""
     step: int | None = None
@@ -68,21 +70,24 @@ class TranslateCommand:
         check_range("", self, "batch_size", "n_best", least=1, most=2**16)
         check_range("", self, "step", least=0)
         check_range("", self, "seed", least=0, below=2**31)
-        searching, drawing = ("beam_size", "length_penalty"), ("temperature", "top_k", "top_p", "min_p", "seed")
-        for name in searching if self.sample else drawing:
-            if getattr(self, name) != getattr(type(self), name):
-                without = "does not go with" if self.sample else "goes with"
-                raise UserError(f"--{name.replace('_', '-')} {without} --sample")
+        self.check_given(options_changed(self))
         if self.sample and not self.temperature and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise UserError("--temperature 0 takes the most probable token; leave out --top-k, --top-p and --min-p")
         if self.sample and not self.temperature and self.n_best > 1:
             raise UserError("--temperature 0 has one translation of a line; leave out --n-best")
-        check_greedy(self)
         if self.output.endswith(".gz"):
             raise UserError(f"--output {self.output}: text is written as it is; give a name without .gz")
         if self.input != "-" and Path(self.input).resolve() == Path(self.output).resolve():
             raise UserError("--input and --output must be different files")
         _ = self.search  # refuses what is out of range
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Raises UserError if one of these options (cli.options_given) has nothing to say beside the others."""
+        searching, drawing = ("--beam-size", "--length-penalty"), ("--temperature", "--top-k", "--top-p", "--min-p")
+        for option in searching if self.sample else (*drawing, "--seed"):
+            if option in given:
+                raise UserError(f"{option} {'does not go with' if self.sample else 'goes with'} --sample")
+        check_greedy(self.beam_size, given)
 
     @property
     def search(self) -> BeamSearch | Draws:
@@ -92,9 +97,9 @@ class TranslateCommand:
         return BeamSearch(self.beam_size, self.length_penalty, n_best=self.n_best)
 
 
-def check_greedy(command: Any) -> None:
-    """Raises UserError if a search without alternatives is told how to compare them."""
-    if command.beam_size == 1 and command.length_penalty != BeamSearch.length_penalty:
+def check_greedy(beam_size: int, given: Collection[str]) -> None:
+    """Raises UserError if a search without alternatives is told, by one of these options, how to compare them."""
+    if beam_size == 1 and "--length-penalty" in given:
         raise UserError("--beam-size 1 has nothing to choose from by --length-penalty; leave that out")
 
 

@@ -92,7 +92,7 @@ def run(command: PredictCommand) -> None:
     assert command.data is not None and command.output is not None
     dataset = read_file(spec, command.data, labelled=False)
     for path in filter(None, (command.output, command.null_odds, command.n_best)):
-        _check_writable(Path(path))
+        storage.check_writable(Path(path))
     if spec.kind in ("classification", "regression", "choice"):
         tables.check_fields(Path(command.output), (*spec.labels, *(example.id for example in dataset.examples)))
     owner = task_of(Path(command.data).absolute().parent)
@@ -145,16 +145,6 @@ def _null_threshold(found: FinetuneRun, step: int) -> float:
             f"these were: {', '.join(map(str, known)) or 'none'}"
         )
     return by_step[step][NULL_THRESHOLD]
-
-
-def _check_writable(path: Path) -> None:
-    """Raises UserError if a file cannot be written: before hours are spent on what it is to hold."""
-    with storage.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        was_there = path.exists()
-        path.open("a").close()
-        if not was_there:
-            path.unlink()
 
 
 def _example(spec: TaskSpec, text: str, pair: str | None) -> TextExample | QuestionExample | TaggedExample:

@@ -31,6 +31,7 @@ from core_flax.task import Evaluator, Task
 from core_flax.types import UserError
 
 DECAY = 0.8
+KIND = "family.model"
 STEPS = (2, 4, 7, 9)
 
 
@@ -49,14 +50,14 @@ def run(tmp_path_factory):
             TrainState(jnp.int32(step), jax.tree.map(jnp.asarray, drawn(step)), {"count": jnp.int32(step)})
         )
     checkpoints.close()
-    (folder / "config.json").write_text(json.dumps({"kind": "none", "data": "data", "config": {}}))
+    (folder / "config.json").write_text(json.dumps({"format": 1, "kind": KIND, "data": "data", "config": {}}))
     (folder / "tokenizer.model").write_bytes(b"model")
     (folder / "metrics.jsonl").write_text("{}")
     return folder
 
 
 def test_the_mean_is_numpys(run, tmp_path):
-    home, steps = average(str(run), 3, str(tmp_path / "mean"))
+    home, steps = average(str(run), 3, str(tmp_path / "mean"), kinds={KIND})
     assert steps == [4, 7, 9] and home == tmp_path / "mean"
     params, step = load_params(home / "checkpoints")
     assert step == 9 and params.keys() == {"w", "b"}
@@ -68,9 +69,9 @@ def test_the_mean_is_numpys(run, tmp_path):
 
 
 def test_who_does_not_say_how_many_gets_all_there_are_up_to_ten(run, monkeypatch):
-    assert average(str(run), None) == (run / "averaged-4", [2, 4, 7, 9])
+    assert average(str(run), None, kinds={KIND}) == (run / "averaged-4", [2, 4, 7, 9])
     monkeypatch.setattr("core_flax.average._MOST", 3)
-    assert average(str(run), None) == (run / "averaged-3", [4, 7, 9])
+    assert average(str(run), None, kinds={KIND}) == (run / "averaged-3", [4, 7, 9])
 
 
 def test_the_mean_of_one_is_itself(run):
@@ -80,17 +81,26 @@ def test_the_mean_of_one_is_itself(run):
 
 def test_what_cannot_be_averaged(run, tmp_path):
     with pytest.raises(UserError, match=r"--last 5: .* has 4 checkpoints \(steps 2, 4, 7, 9\); ask for fewer"):
-        average(str(run), 5)
+        average(str(run), 5, kinds={KIND})
     with pytest.raises(UserError, match="--last 0: must be 1 or more"):
-        average(str(run), 0)
+        average(str(run), 0, kinds={KIND})
     with pytest.raises(UserError, match=r"holds no run: config\.json is missing"):
-        average(str(tmp_path), 1)
+        average(str(tmp_path), 1, kinds={KIND})
+    with pytest.raises(UserError, match=r"describes a run of kind 'family\.model', not 'family\.other'"):
+        average(str(run), 1, kinds={"family.other"})
+    average(str(run), 2, str(tmp_path / "mean"), kinds={KIND})
+    with pytest.raises(UserError, match="mean is the mean of 2 checkpoints already; give the --workdir of their run"):
+        average(str(tmp_path / "mean"), 1, kinds={KIND})
+    (tmp_path / "begun").mkdir()
+    shutil.copy(run / "config.json", tmp_path / "begun")
+    with pytest.raises(UserError, match="begun has no checkpoint yet; train until it saves one"):
+        average(str(tmp_path / "begun"), None, kinds={KIND})
     with pytest.raises(UserError, match="is there already, and not empty; give a new folder"):
-        average(str(run), 1, str(run / "checkpoints"))
+        average(str(run), 1, str(run / "checkpoints"), kinds={KIND})
     shutil.copytree(run, tmp_path / "damaged")
     (tmp_path / "damaged/checkpoints/7/manifest/manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"the checkpoint of step 7 in .* is damaged"):
-        average(str(tmp_path / "damaged"), 2)
+        average(str(tmp_path / "damaged"), 2, kinds={KIND})
     assert not (tmp_path / "damaged/averaged-2").exists()
 
 

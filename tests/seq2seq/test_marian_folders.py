@@ -84,8 +84,15 @@ def test_in_and_out_again(theirs, tmp_path, capsys):
         np.testing.assert_array_equal(x, after[name], strict=True, err_msg=name)
     refused = call(capsys, "export-hf", "--workdir", tmp_path / "ours", "--output", tmp_path / "again")
     assert refused.returncode == 2 and "is there already, and not empty" in refused.stderr
-    refused = call(capsys, "import-hf", tmp_path / "none", "--output", tmp_path / "other")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    for source, message in (("none", ""), ("ours", "ours is ours already, of kind seq2seq_flax.pretrained")):
+        refused = call(capsys, "import-hf", tmp_path / source, "--output", tmp_path / "other")
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and message in refused.stderr
+    (tmp_path / "empty").mkdir()
+    refused = call(capsys, "translate", "--workdir", tmp_path / "empty")
+    assert refused.returncode == 2 and "empty holds no model: config.json is missing" in refused.stderr
+    for command in (("export-hf", "--workdir", tmp_path / "ours"), ("import-hf", theirs)):
+        refused = call(capsys, *command, "--output", "/proc/none")
+        assert refused.returncode == 2 and "/proc/none could not be written: " in refused.stderr
 
 
 def test_a_folder_of_theirs_is_scored_as_it_is(theirs, tmp_path, capsys):
@@ -174,7 +181,7 @@ def test_a_run_is_averaged_and_written(tmp_path, capsys):
     params = jax.jit(lambda key: init_params(Transformer(config), key))(jax.random.key(0))
     save_run(tmp_path / "run", "seq2seq_flax.transformer", TranslateConfig(model=config), params, tokenizer)
     done = call(capsys, "average", "--workdir", tmp_path / "run", "--last", 1)
-    assert done.returncode == 0 and "the mean of 1 checkpoints, steps 5" in done.stdout, done.stderr
+    assert done.returncode == 0 and "the mean of 1 checkpoint, step 5" in done.stdout, done.stderr
     mean, _ = load_run(tmp_path / "run/averaged-1")
     with pytest.raises(UserError, match="is the mean of 1 checkpoints, which is not trained on"):
         mean.check_continued_by(mean, "transformer_tiny")

@@ -253,12 +253,16 @@ LATIN1 = "Straße\n".encode("latin-1")
             ["--train", "a", "b", "--tokenizer", "a", "--model", "unigram"],
             r"--model is for a vocabulary that is trained: it does not go with --tokenizer",
         ),
+        (
+            {"a": b"x\n", "b": b"y\n"},
+            ["--train", "a", "b", "--tokenizer", "a", "--model", "bpe"],  # and be it what holds anyway
+            r"--model is for a vocabulary that is trained: it does not go with --tokenizer",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, call, files, arguments, says):
-    good = b"".join(f"{source}\n".encode() for source, _ in sentences(40))
-    for name, data in files.items():  # enough text for a vocabulary where the fault is found after it is trained
-        (tmp_path / name).write_bytes(data if "pair is empty" not in says else data + good)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
     paths = [str(tmp_path / each) if each in files or each == "nowhere" else each for each in arguments]
     code, _, err = call("prepare", *paths, "--output", tmp_path / "out", "--vocab-size", 50)
     assert code == 2 and err.count("\n") == 1, err
@@ -284,8 +288,11 @@ def test_what_is_to_be_read_is_not_cleared(tmp_path, what):
 
 def test_a_failed_run_leaves_nothing(tmp_path):
     (tmp_path / "a").write_text("x\n" * 40 + "\n")
+    files = write_files(tmp_path, 41)
+    prepare(configure(tmp_path, train=tuple(files), output=str(tmp_path / "other"), vocab_size=60))
+    tokenizer = str(tmp_path / "other" / "tokenizer.model")  # so it is found when pairs are written
     with pytest.raises(UserError, match="a:41: the source of the pair is empty"):
-        prepare(configure(tmp_path, train=(str(tmp_path / "a"), write_files(tmp_path, 41)[1]), vocab_size=60))
+        prepare(configure(tmp_path, train=(str(tmp_path / "a"), files[1]), vocab_size=60, tokenizer=tokenizer))
     assert not (tmp_path / "out").exists()
 
 

@@ -278,6 +278,8 @@ def test_text_that_is_not_utf8(call, tmp_path, piped):
         ({"batch_size": 0}, "--batch-size 0"),
         ({"beam_size": 3_000_000_000}, "--beam-size 3000000000: must be 1 or more and at most 65536"),
         ({"beam_size": 1, "length_penalty": 3}, "--beam-size 1 has nothing to choose from by --length-penalty"),
+        ({"beam_size": 1, "length_penalty": 0.6}, "--beam-size 1 has nothing to choose from by --length-penalty"),
+        ({"seed": 0}, "--seed goes with --sample"),
         ({"length_penalty": "nan"}, "--length-penalty nan: must be -10 or more and at most 10"),
         ({"step": 3}, "step 3"),
         ({"workdir": "nowhere"}, "nowhere"),
@@ -289,7 +291,9 @@ def test_what_cannot_be_done_is_said_in_one_line(call, source, options, message)
     assert status == 2 and not out and message in err and err.count("\n") == 1
 
 
-def test_searching_options_do_not_go_with_drawing():
+def test_searching_options_do_not_go_with_drawing(call, source):
+    status, out, err = call("translate", "--sample", input=source, beam_size=4)  # what holds anyway
+    assert (status, out) == (2, "") and "--beam-size does not go with --sample" in err
     with pytest.raises(UserError, match="--beam-size does not go with --sample"):
         TranslateCommand(workdir="run", sample=True, beam_size=2)
     with pytest.raises(UserError, match="--temperature 0 takes the most probable token; leave out --top-k"):
@@ -315,6 +319,13 @@ def test_align_needs_no_more_than_a_model_and_a_text(call, workdir):
 def test_align_of_a_text_that_is_too_long(call, workdir):
     status, _, err = call("align", LONG, batch_size=None)
     assert status == 2 and err.endswith("takes; shorten it\n") and not (workdir / "alignment.html").exists()
+    status, _, err = call("align", "river", target=LONG, batch_size=None)
+    assert status == 2 and err.startswith("seq2seq-flax: error: --target has ") and err.endswith("shorten it\n")
+
+
+def test_align_tells_of_what_is_not_in_the_vocabulary(call, tmp_path):
+    status, out, _ = call("align", "river Ω", target="road", output=tmp_path / "a.html", batch_size=None)
+    assert status == 0 and out.endswith("\n1 pieces stand for what is not in the vocabulary: shown as ⁇\n"), out
 
 
 def test_align_is_a_command(call, tmp_path):

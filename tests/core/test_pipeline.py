@@ -7,7 +7,7 @@ import pytest
 from conftest import write_corpus
 
 from bert_flax import prepare as bert
-from core_flax.data import beam
+from core_flax.data import pipeline
 from core_flax.types import UserError
 from lm_flax import prepare as lm
 
@@ -72,13 +72,13 @@ def test_a_workers_user_error_is_the_users(inputs, tmp_path):
 @needs_beam
 def test_an_unknown_runner(tmp_path):
     with pytest.raises(UserError, match="--beam runner=NoRunner: Unexpected pipeline runner: NoRunner"):
-        list(beam.each_of(str.split, ["a b"], ["runner=NoRunner"], tmp_path))
+        list(pipeline.each_of(str.split, ["a b"], ["runner=NoRunner"], tmp_path))
 
 
 def test_without_beam(tmp_path, monkeypatch):
-    monkeypatch.setattr(beam.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--beam needs the package apache-beam; install the extra \[beam\]"):
-        list(beam.each_of(str.split, ["a b"], RUNNER, tmp_path))
+        list(pipeline.each_of(str.split, ["a b"], RUNNER, tmp_path))
 
 
 @pytest.mark.parametrize("module", [bert, lm])
