@@ -38,7 +38,9 @@ def call(log: Path, *words: object, tick: Callable[[], object] = lambda: None) -
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a+", encoding="utf-8") as file:
         begin = file.seek(0, os.SEEK_END)
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        # Of this checkout, wherever one is: paths are those that were given.
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         signal.signal(signal.SIGINT, lambda *_: None)  # a terminal tells the child, too
         while (status := _status(process)) is None:
@@ -63,8 +65,8 @@ def _status(process: subprocess.Popen) -> int | None:
 
 
 def shown(words: Sequence[object]) -> str:
-    """The command as one would type it; of paths the last two parts."""
-    return shlex.join(["seq2seq-flax", *("/".join(Path(w).parts[-2:]) if w[0] == "/" else w for w in map(str, words))])
+    """The command as one types it in the same folder."""
+    return shlex.join(["seq2seq-flax", *map(str, words)])
 
 
 def prepared(folder: Path, *words: object) -> tuple[Path, str]:

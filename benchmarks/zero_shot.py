@@ -106,14 +106,14 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.study == "multi30k" and not options.data and not options.report:
         parser.error("multi30k needs --data")
-    options.workdir = options.workdir.resolve() / options.study
+    options.workdir = options.workdir / options.study
     return options
 
 
 def files(options: argparse.Namespace, language: str) -> tuple[Path, Path]:
     """(text to train on, held-out text) in a language; line n says the same in all of them."""
     if options.study == "multi30k":
-        return options.data.resolve() / f"train.{language}.gz", unpacked(options, language)
+        return options.data / f"train.{language}.gz", unpacked(options, language)
     home = options.workdir / "text"
     home.mkdir(parents=True, exist_ok=True)
     trained, held_out = numbers.draw(NUM_TRAINED, NUM_HELD_OUT)
