@@ -117,13 +117,15 @@ def report(options: argparse.Namespace) -> None:
 
 def page(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
     """The report."""
+    columns = ["model", "parameters", "steps", "places a step", "text", "BLEU", "lengths, ours : reference", "chrF"]
+    columns += ["signature", "hours"]
     text = [
         "# Multi30k, English to German",
         "",
         f"![curve]({options.output.name}.png)",
         "",
-        "| model | parameters | steps | places a step | text | BLEU | lengths, ours : theirs | chrF | signature | hours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for each in found:
         told, form = each["score"], {"tok": "lower-cased, tokenised", "raw": "raw, with case"}[each["form"]]
@@ -136,8 +138,8 @@ def page(options: argparse.Namespace, found: list[dict[str, Any]]) -> str:
         "",
         "test_2016_flickr, 1000 sentences; beam 5, length penalty 1.0, the mean of the last checkpoints. The best",
         "published figure for text alone at transformer_tiny's size, on the lower-cased tokenised form, is 41.02 (Wu",
-        "et al. 2021, arXiv 2105.14462). Raw and tokenised figures do not compare. A step has so many places for tokens",
-        "of targets, nearly all of them taken; transformer_tiny's preset has 8192 and 8000 steps. Every attempt is a row.",
+        "et al. 2021, arXiv 2105.14462). Raw and tokenised figures do not compare. A step has so many places for",
+        "target tokens, nearly all taken; transformer_tiny's preset has 8192, and 8000 steps. Every attempt is a row.",
         "Hours are wall-clock, on a machine that had other work to do.",
         "",
     ]
