@@ -106,7 +106,8 @@ def _train(argv: Sequence[str]) -> None:
 def _evaluate(argv: Sequence[str]) -> None:
     from seq2seq_flax.evaluate import EvaluateCommand, evaluate
 
-    evaluate(cli.parse(EvaluateCommand, argv, f"{PROG} evaluate", description=EvaluateCommand.__doc__ or ""))
+    command = cli.parse(EvaluateCommand, argv, f"{PROG} evaluate", description=EvaluateCommand.__doc__ or "")
+    evaluate(command, cli.options_given(EvaluateCommand, argv))
 
 
 @dataclass(frozen=True)

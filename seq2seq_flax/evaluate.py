@@ -34,6 +34,7 @@ from seq2seq_flax.translator import Line, Translator
 _MODEL = ("--input", "--output", "--target-lang", "--data", "--step")
 _TRANSLATIONS = ("--output", "--target-lang", "--tokenize", "--lowercase")
 _SEARCH = ("--beam-size", "--length-penalty", "--batch-size", "--long")
+_ABOUT_TRANSLATIONS = "is about translations: it goes with --input and --reference"
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,8 @@ class EvaluateCommand:
         if self.hypotheses is not None:
             _refuse("is about a model: it does not go with --hypotheses", given, *_MODEL, *_SEARCH)
         elif self.input is None:
-            _refuse("is about translations: it goes with --input and --reference", given, *_TRANSLATIONS)
+            _refuse(_ABOUT_TRANSLATIONS, given, *_TRANSLATIONS)
         check_greedy(self.beam_size, given)
-
-    def refuse_search(self) -> None:
-        """Raises UserError if it is said how to translate, where nothing is."""
-        _refuse("is about translations: it goes with --input and --reference", options_changed(self), *_SEARCH)
 
     @property
     def search(self) -> BeamSearch:
@@ -161,8 +158,12 @@ def score(
     )
 
 
-def evaluate(command: EvaluateCommand) -> None:
+def evaluate(command: EvaluateCommand, given: Collection[str] | None = None) -> None:
     """Print what the command asks for.
+
+    Args:
+      command: what is asked for.
+      given: the options that stand on the command line (cli.options_given); None: those that are not their defaults.
 
     Raises:
       UserError: files that cannot be read, that do not belong together, or that have an empty line; no such run.
@@ -190,7 +191,7 @@ def evaluate(command: EvaluateCommand) -> None:
         print_held_out(run, tokenizer, command.data, command.step)
         if not sources:
             if numbers.held_out_files(run.data) is None:
-                command.refuse_search()
+                _refuse(_ABOUT_TRANSLATIONS, options_changed(command) if given is None else given, *_SEARCH)
             print_numbers(run, command)
     elif not sources:
         raise UserError(

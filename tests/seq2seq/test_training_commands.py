@@ -326,8 +326,10 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_translated(call, 
     assert (done.returncode, done.stdout) == (2, "") and "/proc/out could not be written: " in done.stderr
 
 
-def test_a_search_where_nothing_is_translated(refuse, finished):
-    line = refuse("evaluate", "--workdir", finished, "--beam-size", 5)
+@pytest.mark.parametrize("size", [5, 4])
+def test_a_search_where_nothing_is_translated(refuse, finished, size):
+    """Be it the search that there is anyway."""
+    line = refuse("evaluate", "--workdir", finished, "--beam-size", size)
     assert "--beam-size is about translations: it goes with --input and --reference" in line
 
 
