@@ -240,9 +240,17 @@ def with_optimizer_of(config: OptimizerConfig, preset: OptimizerConfig, given: C
     """The settings without what the preset chose for another optimizer than the one that was asked for.
 
     What was asked for stays, and be it the preset's own value: ``given`` are the options that were (cli.options_given).
+
+    Raises:
+      UserError: one of the two is sgd, whose learning rates are of another size, and none was asked for.
     """
     if config.name == preset.name:
         return config
+    if "sgd" in (config.name, preset.name) and "--optimizer.learning-rate" not in given:
+        raise UserError(
+            f"--optimizer.name {config.name}: the preset's learning rate of {preset.learning_rate:g} is for "
+            f"{preset.name}; give --optimizer.learning-rate too"
+        )
     names = ("beta1", "beta2", "epsilon")
     return dataclasses.replace(config, **{name: None for name in names if f"--optimizer.{name}" not in given})
 

@@ -214,6 +214,17 @@ def test_a_value_that_was_given_stays(argv):
     assert configs.with_optimizer_of(preset, preset, given) == preset
 
 
+def test_sgd_does_not_hand_on_its_learning_rate():
+    """35 would be the end of an Adam, and 1e-3 no beginning for SGD."""
+    for theirs, ours in (("sgd", "adamw"), ("muon", "sgd")):
+        preset = OptimizerConfig(name=theirs, learning_rate=35.0)
+        asked = dataclasses.replace(preset, name=ours)
+        with pytest.raises(UserError, match=f"learning rate of 35 is for {theirs}; give --optimizer.learning-rate too"):
+            configs.with_optimizer_of(asked, preset, {"--optimizer.name"})
+        given = {"--optimizer.name", "--optimizer.learning-rate"}  # and be it the same
+        assert configs.with_optimizer_of(asked, preset, given).learning_rate == 35
+
+
 def test_a_schedule_of_another_shape_is_without_what_the_preset_chose_for_its_own():
     preset = ScheduleConfig("wsd", warmup_steps=10, total_steps=100, decay_steps=20, final_fraction=0.1)
     cosine = configs.with_schedule_of(dataclasses.replace(preset, name="cosine"), preset, {"--schedule.name"})
