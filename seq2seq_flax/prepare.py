@@ -50,6 +50,10 @@ class PrepareConfig:
     """In place of --valid, likewise."""
     both_directions: bool = False
     """Use every --pair and --valid-pair from its target language to its source language as well."""
+    copies: bool = False
+    """Train on both sides of every --pair as translations of themselves as well (Currey et al. 2017, W17-4715). A model
+    that has a language from one direction alone else takes that for the only one it can be asked for, and does not
+    translate in directions that it was not trained on."""
     vocab_size: int | None = None
     """Pieces of the joint vocabulary that is trained on both sides of the training pairs. None: 8000, or as many as
     --tokenizer has."""
@@ -101,6 +105,7 @@ class _Inputs:
 
     texts: dict[str, list[ParallelText]]
     both_directions: bool
+    copies: bool
 
     @property
     def directions(self) -> list[tuple[str | None, str | None]]:
@@ -108,6 +113,8 @@ class _Inputs:
         found = [(text.source, text.target) for split in SPLITS for text in self.texts[split]]
         if self.both_directions:
             found += [(target, source) for source, target in found]
+        if self.copies:
+            found += [(each, each) for text in self.texts["train"] for each in (text.source, text.target)]
         return list(dict.fromkeys(found))
 
     @property
@@ -170,10 +177,11 @@ def _inputs(config: PrepareConfig) -> _Inputs:
             texts[split].append(ParallelText(tuple(names), *parse_direction(direction, f"--{option}")))
     if not texts["train"]:
         raise UserError("nothing to prepare; give --train SRC TGT, or --pair SOURCE-TARGET SRC TGT")
-    inputs = _Inputs(texts, config.both_directions)
-    if (None, None) in inputs.directions and (config.both_directions or len(inputs.directions) > 1):
+    inputs = _Inputs(texts, config.both_directions, config.copies)
+    several = config.both_directions or config.copies or len(inputs.directions) > 1
+    if (None, None) in inputs.directions and several:
         raise UserError("which languages these are must be known here: give --pair (not --train) and --valid-pair")
-    trained = _Inputs({**texts, "valid": []}, config.both_directions).directions
+    trained = dataclasses.replace(inputs, texts={**texts, "valid": []}).directions
     for source, target in inputs.directions:
         if target is not None and target not in {language for _, language in trained}:
             raise UserError(f"--valid-pair {source}-{target}: no training pair has the target language {target}")
@@ -188,7 +196,7 @@ def _settings(config: PrepareConfig, inputs: _Inputs, tokenizer: SentencePiece |
     """All that the output depends on, as JSON values."""
     names = ("model", "character_coverage", "vocab_sample_mb")
     trained = {"vocab_size": config.num_pieces, **{name: getattr(config, name) for name in names}}
-    filters = ("max_length", "max_ratio", "deduplicate", "empty", "both_directions")
+    filters = ("max_length", "max_ratio", "deduplicate", "empty", "both_directions", "copies")
     return {
         "input": {
             split: [{"languages": [text.source, text.target], "files": text.identify()} for text in texts]
@@ -201,7 +209,8 @@ def _settings(config: PrepareConfig, inputs: _Inputs, tokenizer: SentencePiece |
 
 def _already_prepared(directory: Path, settings: dict[str, Any]) -> Manifest:
     manifest = Manifest.load(directory)
-    different = [name for name, value in settings.items() if manifest.settings.get(name) != value]
+    # Folders from before there were copies have none.
+    different = [name for name, value in settings.items() if manifest.settings.get(name, False) != value]
     if different:
         raise UserError(
             f"{directory} is prepared already, but with another {', '.join(different)}; "
@@ -298,6 +307,9 @@ def _write(config: PrepareConfig, inputs: _Inputs, split: str, tokenizer: Senten
             ways = [(source, target, (text.source, text.target))]
             if inputs.both_directions:
                 ways.append((target, source, (text.target, text.source)))
+            if config.copies and split == "train":
+                ways.append((source, source, (text.source, text.source)))
+                ways.append((target, target, (text.target, text.target)))
             reason = keeps.reason_against(pair, source, target, text, int(tagged))
             for before, after, direction in ways:
                 if reason is not None:
@@ -331,8 +343,9 @@ class _Filter:
                 raise _is_empty(pair, has_source=bool(source))
             return "empty"
         shorter, longer = sorted((len(source), len(target)))
-        # A source asks for its language; with both directions, either side is one.
-        if 1 + max(len(source) + num_tags, len(target) + num_tags * config.both_directions) > config.max_length:
+        # A source asks for its language; with both directions, and with copies, either side is one.
+        target_tags = num_tags * (config.both_directions or config.copies)
+        if 1 + max(len(source) + num_tags, len(target) + target_tags) > config.max_length:
             return f"longer than {config.max_length} tokens"
         if self._strict and config.max_ratio is not None and longer > config.max_ratio * shorter:
             return f"lengths more than {config.max_ratio:g} : 1"

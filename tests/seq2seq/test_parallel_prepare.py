@@ -96,6 +96,23 @@ def test_several_languages_in_both_directions(tmp_path):
     assert not one.tagged and stored(tmp_path / "one")[0][0] == next(sentences(5))[0]
 
 
+def test_copies_are_of_training_pairs_and_ask_for_their_own_language(tmp_path):
+    pairs = (("en-ne", *write_files(tmp_path, 5)),)
+    manifest = prepare(configure(tmp_path, pair=pairs, copies=True, valid_pair=pairs))
+    assert manifest.tagged and manifest.directions == [["en", "ne"], ["en", "en"], ["ne", "ne"]]
+    expected = []
+    for source, target in sentences(5):
+        expected.append((f"<2ne> {source}", target, ["en", "ne"]))
+        expected.append((f"<2en> {source}", source, ["en", "en"]))
+        expected.append((f"<2ne> {target}", target, ["ne", "ne"]))
+    assert stored(tmp_path / "out") == expected and stored(tmp_path / "out", "valid") == expected[::3]
+    with pytest.raises(UserError, match="prepared already, but with another copies"):
+        prepare(configure(tmp_path, pair=pairs, valid_pair=pairs))
+    longest = manifest.splits["train"].target.longest  # of a copy the longer side is a source, too, and asks as well
+    short = configure(tmp_path, pair=pairs, copies=True, max_length=longest, output=str(tmp_path / "short"))
+    assert prepare(short).splits["train"].dropped[f"longer than {longest} tokens"] % 3 == 0
+
+
 def test_filters_count_what_they_leave_out(tmp_path):
     same, long, uneven = ("the river", "eht revir"), ("a " * 40, "b"), ("the river " * 4, "eht")
     rows = [same, same, ("the river", "another"), ("", "eht"), long, uneven]
@@ -234,6 +251,7 @@ LATIN1 = "Straße\n".encode("latin-1")
         ({}, ["--pair"], r"--pair : write SOURCE-TARGET with the two languages"),
         ({}, ["--pair", "a-d<", "a", "b", "--pair", "a-c", "a", "b"], r"'d<' is no language name"),
         ({"a": b"x\n", "b": b"y\n"}, ["--train", "a", "b", "--both-directions"], r"which languages .* give --pair"),
+        ({"a": b"x\n", "b": b"y\n"}, ["--train", "a", "b", "--copies"], r"which languages .* give --pair"),
         ({"a": b"x\n", "b": b"y\n"}, ["--train", "a", "b", "--pair", "a-b", "a", "b"], r"--train or --pair, not both"),
         (
             {"a": b"x\n", "b": b"y\n"},

@@ -127,7 +127,9 @@ def test_both_studies_in_one_folder(benchmark, runs, tmp_path, monkeypatch):
     assert {round(each["figure"]) for each in figures["multi30k"]["figures"].values()} == {100}
     assert {each["figure"] for each in figures["numbers"]["figures"].values()} == {0}
     page = (tmp_path / "page.md").read_text()
-    assert page.count(AVERAGE) == 4 and "Scored are\n4 that" in page and "Scored are\n2 that" in page
+    assert page.count(AVERAGE) == 5 and "without copies |" in page
+    assert all(f"Scored are {count} that" in " ".join(page.split()) for count in (4, 2))
     trained = [words for words in commands.words if words[0] == "train"]
-    assert len(trained) == 4 and all("--checkpoint.every-minutes" in words for words in trained)
-    assert sum(words[0] == "translate" for words in commands.words) == 2 * 7
+    assert len(trained) == 5 and all("--checkpoint.every-minutes" in words for words in trained)
+    assert sum("--copies" in words for words in commands.words) == 4
+    assert sum(words[0] == "translate" for words in commands.words) == 2 * 7 + 1
