@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,6 +181,15 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         raise Sigterm
 
+    def lost(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is not Sigterm:
+            hook_before(unraisable)
+            return
+        # It came in a finalizer, which lets no exception out: once more when that has ended.
+        signal.signal(signal.SIGTERM, handle)
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, lost
     before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
@@ -186,6 +197,7 @@ def _sigterm_raises() -> Iterator[None]:
         raise Terminated("terminated; nothing is left of this run") from None
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook_before
 
 
 def _read(config: PrepareConfig, title: str) -> Iterator[Part]:

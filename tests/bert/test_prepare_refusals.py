@@ -188,6 +188,24 @@ def test_sigterm_ends_it_with_one_line_and_leaves_nothing(tmp_path, num_workers)
     assert not folder.exists()
 
 
+def test_sigterm_is_not_lost_in_a_finalizer(tmp_path, text_file, monkeypatch):
+    """Python lets no exception out of one."""
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def encode(*_):
+        Last()
+        time.sleep(10)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr("bert_flax.prepare._encode", encode)
+    with pytest.raises(Terminated, match="nothing is left"):
+        prepare(configure(tmp_path, text_file))
+    assert not (tmp_path / "out").exists()
+
+
 def test_sigterm_is_not_lost_where_every_exception_is_caught(tmp_path, text_file, monkeypatch):
     def encode(*_):
         try:
