@@ -125,9 +125,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def check_writable(path: Path) -> None:
     """Raises UserError if a local file cannot be written: before hours are spent on what it is to hold.
 
-    The folders it lies in are made.
+    The folders it lies in are made. A named pipe is left alone: whoever reads it would take this for all there is.
     """
     make_folder(path.parent)
+    if path.is_fifo():
+        return
     with writing(path):
         was_there = path.exists()
         path.open("a").close()

@@ -86,7 +86,7 @@ def run(command: AlignCommand) -> None:
         draw(found, partial)
     print(f"{output}: {' '.join(found.target[:-1])}")
     if found.unknown:
-        print(f"{found.unknown:,} pieces stand for what is not in the vocabulary: shown as ⁇")
+        print(f"not in the vocabulary, and shown as ⁇: {found.unknown:,}")
 
 
 def align(

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import select
 import sys
 import typing
 from collections.abc import Mapping
@@ -199,6 +200,24 @@ def test_what_is_no_file_is_written_and_not_replaced(tmp_path):
     os.close(reader)
     with pytest.raises(UserError, match="could not be written: Is a directory"), storage.replacing(tmp_path) as partial:
         partial.write_text("x")
+
+
+def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path):
+    """And a pipe's reader is not told that this was all."""
+    storage.check_writable(tmp_path / "new" / "file")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "there").write_text("text")
+    storage.check_writable(tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "text"
+    with pytest.raises(UserError, match="could not be written: Is a directory"):
+        storage.check_writable(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    storage.check_writable(tmp_path / "pipe")
+    heard = select.poll()
+    heard.register(reader)
+    assert heard.poll(0) == []  # nor hung up
+    os.close(reader)
 
 
 # Options that were given

@@ -1,4 +1,4 @@
-"""The README shows code that runs and names the files that exist."""
+"""The README shows code that runs and names the files that exist; no page leads to one that does not."""
 
 import re
 from pathlib import Path
@@ -28,6 +28,18 @@ def listed() -> set[str]:
         if package in PACKAGES:
             found |= {folder + file for file in re.findall(r"\w+\.py\b", line)}
     return found
+
+
+def test_links_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    links = [
+        (page.relative_to(ROOT), link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert len(links) > 20
+    assert [(page, link) for page, link in links if not (ROOT / page.parent / link).exists()] == []
 
 
 def test_its_tree_is_that_of_the_packages():

@@ -325,7 +325,7 @@ def test_align_of_a_text_that_is_too_long(call, workdir):
 
 def test_align_tells_of_what_is_not_in_the_vocabulary(call, tmp_path):
     status, out, _ = call("align", "river Ω", target="road", output=tmp_path / "a.html", batch_size=None)
-    assert status == 0 and out.endswith("\n1 pieces stand for what is not in the vocabulary: shown as ⁇\n"), out
+    assert status == 0 and out.endswith("\nnot in the vocabulary, and shown as ⁇: 1\n"), out
 
 
 def test_align_is_a_command(call, tmp_path):
