@@ -133,3 +133,15 @@ def test_both_studies_in_one_folder(benchmark, runs, tmp_path, monkeypatch):
     assert len(trained) == 5 and all("--checkpoint.every-minutes" in words for words in trained)
     assert sum("--copies" in words for words in commands.words) == 4
     assert sum(words[0] == "translate" for words in commands.words) == 2 * 7 + 1
+
+
+def test_a_study_without_its_baseline(benchmark, runs, tmp_path, monkeypatch):
+    zero_shot, (_, commands) = benchmark("zero_shot"), runs
+    monkeypatch.setattr(zero_shot, "NUM_TRAINED", 20)
+    monkeypatch.setattr(zero_shot, "NUM_HELD_OUT", 4)
+    where = ["--workdir", str(tmp_path / "work"), "--output", str(tmp_path / "page")]
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", "numbers", "--no-baseline", *where])
+    zero_shot.main()
+    page = (tmp_path / "page.md").read_text()
+    assert page.count(AVERAGE) == 2 and "ithout a bridge" not in page and "de-ja" not in page
+    assert sum(words[0] == "train" for words in commands.words) == 2
