@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _prepare(argv: Sequence[str]) -> None:
+    import numpy as np
+
+    from seq2seq_flax.pairs import PairStore
     from seq2seq_flax.prepare import PrepareConfig, prepare
 
     config = cli.parse(PrepareConfig, argv, f"{PROG} prepare", description="Turns sentence pairs into token shards.")
@@ -42,6 +45,10 @@ def _prepare(argv: Sequence[str]) -> None:
     print(f"{config.output}: vocabulary of {manifest.num_tokens:,} pieces{tags}")
     for split, info in manifest.splits.items():
         print(f"  {split}: {info.pairs:,} pairs")
+        if info.pairs and len(manifest.directions) > 1:
+            counts = np.bincount(PairStore(config.output, split).direction, minlength=len(manifest.directions))
+            each = zip(counts, manifest.directions, strict=True)
+            print("    " + ", ".join(f"{count:,} {before} -> {after}" for count, (before, after) in each if count))
         for side, tokens, unknown, lengths in (
             ("source", info.source_tokens, info.source_unknown, info.source),
             ("target", info.target_tokens, info.target_unknown, info.target),

@@ -52,8 +52,8 @@ class PrepareConfig:
     """Use every --pair and --valid-pair from its target language to its source language as well."""
     copies: bool = False
     """Train on both sides of every --pair as translations of themselves as well (Currey et al. 2017, W17-4715). A model
-    that has a language from one direction alone else takes that for the only one it can be asked for, and does not
-    translate in directions that it was not trained on."""
+    that has read a language only to write one other writes that other whatever is asked of it; after copies it can
+    also be asked for directions that it was not trained on."""
     vocab_size: int | None = None
     """Pieces of the joint vocabulary that is trained on both sides of the training pairs. None: 8000, or as many as
     --tokenizer has."""

@@ -227,6 +227,12 @@ def test_the_command_prints_what_there_is(tmp_path, call):
     )  # fmt: skip
     assert code == 0 and "vocabulary of 52 pieces, asking for ne, en" in out
     assert "left out:" in out and "lengths more than 1.2 : 1" in out and "valid: 60 pairs" in out
+    code, out, _ = call(
+        "prepare", "--pair", "en-ne", source, target, "--valid-pair", "en-ne", source, target, "--copies",
+        "--output", tmp_path / "copies", "--vocab-size", 50,
+    )  # fmt: skip
+    assert code == 0 and "train: 180 pairs\n    60 en -> ne, 60 en -> en, 60 ne -> ne\n" in out
+    assert "valid: 60 pairs\n    60 en -> ne\n" in out
 
 
 LATIN1 = "Straße\n".encode("latin-1")
