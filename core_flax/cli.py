@@ -29,6 +29,7 @@ SHORT_RUN = "A run of fewer --train.num-steps than the preset's warmup needs a l
 Command = Callable[[Sequence[str]], None]
 
 _UNIONS = typing.Union, types.UnionType
+_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _LESS = "a lower batch size, more microbatches, shorter rows, fewer beams"
 
 _RULE = re.compile(r"[─-]{3,}$")
@@ -148,7 +149,8 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
             raise
         box = printed.getvalue()
         missing = _missing(cls, argv, tyro.MISSING if default is None else default) if "Missing from" in box else []
-        wrong = f"{', '.join(missing)} must be given" if missing else _first_sentence(box)
+        wrong = f"{', '.join(missing)} must be given" if missing else _flag_with_value([cls], argv)
+        wrong = wrong or _first_sentence(box)
         raise UserError(f"{wrong}; see {prog} --help") from None
     if check := getattr(parsed, "check_given", None):
         check(options_given(cls, argv))
@@ -225,7 +227,10 @@ def parse_preset(
     Raises:
       UserError: as ``parse``, and if there is no such preset.
     """
-    words, rest = take_words([command_of(preset()) for preset in presets.values()], argv)
+    commands = [command_of(preset()) for preset in presets.values()]
+    words, rest = take_words(commands, argv)
+    if any(word not in presets for word in words) and (wrong := _flag_with_value(commands, argv)):
+        raise UserError(f"{wrong}; see {prog} --help")
     if len(words) > 1:
         raise UserError(f"{' '.join(words)}: one preset at a time; settings are options (--name value)")
     name = words[0] if words else default
@@ -262,18 +267,34 @@ def paragraphs(documented: object) -> list[str]:
 def take_words(classes: Any, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(words that are neither options of a class, or of several, nor their values; all the rest), in any order."""
     words, rest = [], []
-    known = {
-        option: takes
-        for cls in (classes if isinstance(classes, list) else [classes])
-        for option, takes in options_of(cls).items()
-    }
-    known, is_value = known | {"-h": False, "--help": False}, False
+    known, is_value = _options_of_all(classes if isinstance(classes, list) else [classes]), False
     for argument in argv:
         is_word = not is_value and not argument.startswith("-")
         (words if is_word else rest).append(argument)
         is_option = not is_value and not is_word
         is_value = is_option and "=" not in argument and known.get(_option(argument), True)
     return words, rest
+
+
+def _options_of_all(classes: Sequence[Any]) -> dict[str, bool]:
+    """``options_of`` several classes, and the help."""
+    found = {option: takes for cls in classes for option, takes in options_of(cls).items()}
+    return found | {"-h": False, "--help": False}
+
+
+def _flag_with_value(classes: Sequence[Any], argv: Sequence[str]) -> str:
+    """What is wrong with "--flag False" and "--flag=False", if that is in ``argv``; otherwise nothing."""
+    flags = {option for option, takes in _options_of_all(classes).items() if not takes}
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        value = argument.partition("=")[2] or following
+        if (name := _option(argument)) in flags and value.lower() in _TRUTHS:
+            section, dot, last = name.removeprefix("--").rpartition(".")
+            positive = f"--{section}{dot}{last.removeprefix('no-')}"
+            positive = positive if positive in flags else name
+            is_on = _TRUTHS[value.lower()] == (name == positive)
+            remedy = positive if is_on else f"--{section}{dot}no-{positive.removeprefix('--').rpartition('.')[2]}"
+            return f"{name} {value}: it is on or off and takes no value; write {remedy}"
+    return ""
 
 
 def options_of(cls: Any, prefix: str = "--") -> dict[str, bool]:

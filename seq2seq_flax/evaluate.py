@@ -83,6 +83,7 @@ class EvaluateCommand:
             missing = "--input" if self.input is None else "--reference"
             raise UserError(f"{missing} must be given: a model is scored by --input and --reference together")
         self.check_given(options_changed(self))
+        _ = self.search  # refuses what is out of range
         if self.output is not None:
             read = [Path(name).resolve() for name in (self.input, self.reference) if name is not None]
             if Path(self.output).resolve() in read:
@@ -188,10 +189,10 @@ def evaluate(command: EvaluateCommand, given: Collection[str] | None = None) -> 
     lines = _encoded(translator, where, command) if translator else []  # before anything is measured
     if not imported:
         run, tokenizer = load_run(command.workdir)
+        if not sources and numbers.held_out_files(run.data) is None:
+            _refuse(_ABOUT_TRANSLATIONS, options_changed(command) if given is None else given, *_SEARCH)
         print_held_out(run, tokenizer, command.data, command.step)
         if not sources:
-            if numbers.held_out_files(run.data) is None:
-                _refuse(_ABOUT_TRANSLATIONS, options_changed(command) if given is None else given, *_SEARCH)
             print_numbers(run, command)
     elif not sources:
         raise UserError(
@@ -238,7 +239,7 @@ def _translated(translator: Translator, lines: Sequence[Line], command: Evaluate
     """The best translation of each line, under a progress bar."""
     in_pieces = sum(len(line.pieces) > 1 for line in lines)
     if in_pieces:
-        print(f"{in_pieces:,} lines were longer than the model takes: translated in pieces")
+        print(f"lines longer than the model takes, translated in pieces: {in_pieces:,}")
     with tqdm(
         total=sum(len(line.pieces) for line in lines), desc="translating", unit=" sentences", disable=None
     ) as bar:

@@ -211,7 +211,7 @@ def _read_config(path: Path, stored: Mapping[str, Any]) -> TransformerConfig:
         raise UserError(f"{path}: activation_function is {activation!r}; this model has {', '.join(ACTIVATIONS)}")
     names = ("share_encoder_decoder_embeddings", "tie_word_embeddings")
     tying = tuple(stored.get(name, True) for name in names)
-    if tying not in TYING:
+    if any(type(each) is not bool for each in tying) or tying not in TYING:
         raise UserError(f"{path}: {names[0]} is {tying[0]!r} and {names[1]} {tying[1]!r}; this model cannot be both")
     defaults = dataclasses.replace(DEFAULTS, activation=ACTIVATIONS[activation], tied_embeddings=TYING[tying])
     return config_from(path, stored, FIELDS, defaults)

@@ -48,7 +48,7 @@ class ParallelText:
             return
         if len(self.names) != 2:
             raise UserError(
-                f"{' '.join(self.names) or 'nothing'}: pairs come from two files (SRC TGT), from one table "
+                f"{' '.join(self.names) or 'no files given'}: pairs come from two files (SRC TGT), from one table "
                 "(FILE.tsv or FILE.tsv.gz) or from tfds:NAME[/CONFIG][:SPLIT]"
             )
         for name in self.names:
@@ -131,5 +131,7 @@ def parse_direction(name: str, option: str = "--pair") -> tuple[str, str]:
     """("en", "de") of "en-de". Raises UserError if it names no two languages."""
     source, _, target = name.partition("-")
     if not source or not target or source == target or "-" in target:
-        raise UserError(f"{option} {name}: write SOURCE-TARGET with the two languages, such as en-de, then the files")
+        raise UserError(
+            f"{option} {name}: write SOURCE-TARGET with the two languages, such as en-de or en-pt_BR, then the files"
+        )
     return source, target

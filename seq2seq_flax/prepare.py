@@ -71,8 +71,8 @@ class PrepareConfig:
     """Training pairs of which one side has more than this many times the tokens of the other are left out and counted;
     None: none is."""
     deduplicate: bool = False
-    """Leave out, and count, training pairs that occurred before, both sides, in these languages. Takes some 100 bytes
-    of memory a pair."""
+    """Leave out, and count, training pairs that occurred before, both sides, in these languages; of --copies, texts
+    that were copied before. Takes some 100 bytes of memory a pair."""
     empty: Literal["refuse", "drop"] = "refuse"
     """A pair with an empty side. refuse: stop and say where; drop: leave it out and count it."""
     overwrite: bool = False
@@ -304,14 +304,16 @@ def _write(config: PrepareConfig, inputs: _Inputs, split: str, tokenizer: Senten
             tokenizer.encode([getattr(pair, side) for _, pair in block]) for side in ("source", "target")
         )
         for (text, pair), source, target in zip(block, sources, targets, strict=True):
-            ways = [(source, target, (text.source, text.target))]
-            if inputs.both_directions:
-                ways.append((target, source, (text.target, text.source)))
-            if config.copies and split == "train":
-                ways.append((source, source, (text.source, text.source)))
-                ways.append((target, target, (text.target, text.target)))
             reason = keeps.reason_against(pair, source, target, text, int(tagged))
-            for before, after, direction in ways:
+            ways = [(source, target, (text.source, text.target), reason)]
+            if inputs.both_directions:
+                ways.append((target, source, (text.target, text.source), reason))
+            if config.copies and split == "train":
+                sides = (source, pair.source, text.source), (target, pair.target, text.target)
+                for side, content, language in sides:
+                    of_copy = reason or keeps.reason_against_copy(content, language)
+                    ways.append((side, side, (language, language), of_copy))
+            for before, after, direction, reason in ways:
                 if reason is not None:
                     writer.drop(reason)
                     continue
@@ -352,9 +354,16 @@ class _Filter:
         if self._strict and config.deduplicate:
             # Names and numbers are the same in many languages, and are to be learned in each.
             sides = [f"{text.source}\t{pair.source}", f"{text.target}\t{pair.target}"]
-            content = "\t".join(sorted(sides) if config.both_directions else sides)
-            digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-            if digest in self._seen:
-                return "seen before"
-            self._seen.add(digest)
+            return self._seen_before("\t".join(sorted(sides) if config.both_directions else sides))
+        return None
+
+    def reason_against_copy(self, content: str, language: str | None) -> str | None:
+        """Why a text is left out as its own translation, if nothing is against its pair."""
+        return self._seen_before(f"{language}\n{content}") if self._config.deduplicate else None
+
+    def _seen_before(self, content: str) -> str | None:
+        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+        if digest in self._seen:
+            return "seen before"
+        self._seen.add(digest)
         return None

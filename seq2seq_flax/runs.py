@@ -16,8 +16,10 @@ from core_flax.loop import train as run_loop
 from core_flax.program import check_settings, make_program
 from core_flax.run import LOCK, Run, busy, holds_run, with_vocabulary
 from core_flax.sharding import make_mesh, ways_of_batch
+from core_flax.task import Task
 from core_flax.text.sentencepiece_model import SentencePiece
 from seq2seq_flax.architectures import make_model, param_rules
+from seq2seq_flax.batches import row_capacity
 from seq2seq_flax.config import (
     AnyTranslateConfig,
     GNMTTranslateConfig,
@@ -142,9 +144,18 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
         task = make_task(config, store, held_out_of(data), tokenizer, row_multiple)
         program = make_program(task, config)  # refuses what does not fit the devices before anything is written
         run.save(TOKENIZER, tokenizer.save)
+        print(_about_batches(task, config, store), flush=True)
         with kernels.explained(command.explain_kernels):
             run_loop(task, config, program, workdir)
     return run
+
+
+def _about_batches(task: Task, config: AnyTranslateConfig, store: PairStore) -> str:
+    """A line on the rows that a step's pairs are packed into."""
+    sides = row_capacity(store, config.inputs.row_length)
+    num_rows = config.train.batch_size
+    padding = 1 - task.cost(0).tokens / (num_rows * sum(sides))
+    return f"steps of {num_rows} rows of {sides[0]} + {sides[1]} tokens, {padding:.0%} of them padding"
 
 
 def open_data(data: Path) -> tuple[PairStore, SentencePiece]:

@@ -46,7 +46,8 @@ class TranslateCommand:
     """What length is worth (Wu et al. 2016, section 7). 0: the most probable translation, which tends to be short."""
     n_best: int = 1
     """Translations of each line. More than 1: the output has so many lines for each (one for an empty line), the best
-    first, of three columns: the line's number, the score, the translation."""
+    first, of three columns: the line's number, the score, the translation. They differ in their tokens: a text that can
+    be cut into tokens in two ways may come twice."""
     sample: bool = False
     """Draw translations by chance instead of searching for the best; the score is then the log-probability."""
     temperature: float = 1.0
@@ -147,9 +148,11 @@ class _Counts:
 
 def _tell(counts: _Counts, stream: IO[str]) -> None:
     if counts.in_pieces:
-        print(f"{counts.in_pieces:,} lines were longer than the model takes: translated in pieces", file=stream)
+        print(f"lines longer than the model takes, translated in pieces: {counts.in_pieces:,}", file=stream)
     if counts.not_ended:
-        print(f"{counts.not_ended:,} translations did not end by themselves: broken off at the limit", file=stream)
+        print(
+            f"translations that did not end by themselves, broken off at the limit: {counts.not_ended:,}", file=stream
+        )
 
 
 def _translate(command: TranslateCommand, translator: Translator, prefix: tuple[int, ...], output: IO[str]) -> _Counts:

@@ -109,7 +109,7 @@ class SentencePiece:
 def check_language(name: str) -> None:
     """Raises UserError if no piece can ask for a language of this name."""
     if not _LANGUAGE.fullmatch(f"<2{name}>"):
-        raise UserError(f"{name!r} is no language name; write letters, digits, - and _, such as de or pt_BR")
+        raise UserError(f"{name!r} is no language name; write letters, digits and _, such as de or pt_BR")
 
 
 def train(

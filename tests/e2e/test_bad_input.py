@@ -173,6 +173,12 @@ def test_a_misspelt_word_is_corrected(refuse, argv, suggestion):
 def test_two_presets(refuse, tmp_path):
     assert "one preset at a time" in refuse("pretrain", "bert_tiny", "--workdir", tmp_path / "run", "bert_mini")
     assert "one preset at a time" in refuse("pretrain", "--log.no-tensorboard", "bert_tiny", "bert_mini")
+    for words in (["--log.tensorboard", "False"], ["--log.tensorboard=False"], ["--log.no-tensorboard", "true"]):
+        assert "takes no value; write --log.no-tensorboard" in refuse("pretrain", "bert_tiny", "--workdir", "x", *words)
+    assert "takes no value; write --log.tensorboard" in refuse("pretrain", "--workdir", "x", "--log.tensorboard", "1")
+    assert "takes no value; write --no-lowercase" in refuse(
+        "prepare", "--input", "a", "--output", "b", "--lowercase", "False"
+    )
 
 
 def test_a_missing_option_is_named(refuse):

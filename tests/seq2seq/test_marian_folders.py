@@ -120,6 +120,8 @@ def test_a_folder_of_theirs_is_scored_as_it_is(theirs, tmp_path, capsys):
         ({"add_final_layer_norm": True}, "add_final_layer_norm is True"),
         ({"add_bias_logits": True}, "add_bias_logits is True"),
         ({"share_encoder_decoder_embeddings": True, "tie_word_embeddings": False}, "this model cannot be both"),
+        ({"share_encoder_decoder_embeddings": []}, "share_encoder_decoder_embeddings is [] and tie_word_embeddings"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings 1; this model cannot be both"),
         ({"decoder_start_token_id": 5}, "decoder_start_token_id is 5 and pad_token_id 1"),
         ({"eos_token_id": 5}, "eos_token_id is 5; vocab.json has </s> at 2"),
         ({"vocab_size": 300, "decoder_vocab_size": 300}, "they belong to different models"),

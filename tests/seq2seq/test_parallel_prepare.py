@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,11 @@ def test_copies_are_of_training_pairs_and_ask_for_their_own_language(tmp_path):
     assert stored(tmp_path / "out") == expected and stored(tmp_path / "out", "valid") == expected[::3]
     with pytest.raises(UserError, match="prepared already, but with another copies"):
         prepare(configure(tmp_path, pair=pairs, valid_pair=pairs))
+    again = (*pairs, ("en-de", pairs[0][1], pairs[0][2]), pairs[0])  # de: what ne is, under another name
+    prepare(configure(tmp_path, pair=again, copies=True, deduplicate=True, output=str(tmp_path / "again")))
+    directions = [tuple(direction) for _, _, direction in stored(tmp_path / "again")]
+    counts = dict.fromkeys([("en", "ne"), ("en", "en"), ("ne", "ne"), ("en", "de"), ("de", "de")], 5)
+    assert Counter(directions) == counts
     longest = manifest.splits["train"].target.longest  # of a copy the longer side is a source, too, and asks as well
     short = configure(tmp_path, pair=pairs, copies=True, max_length=longest, output=str(tmp_path / "short"))
     assert prepare(short).splits["train"].dropped[f"longer than {longest} tokens"] % 3 == 0
@@ -254,6 +260,8 @@ LATIN1 = "Straße\n".encode("latin-1")
         ({"a.tsv": b"x\ty\n", "b": b""}, ["--train", "a.tsv", "b"], r"a.tsv has both sides .*give it alone"),
         ({"a.gz": b"no gzip", "b": b"x\n"}, ["--train", "a.gz", "b"], r"a.gz is not a whole gzip file"),
         ({"a": b"x\n", "b": b"y\n"}, ["--pair", "ende", "a", "b"], r"--pair ende: write SOURCE-TARGET"),
+        ({}, ["--pair", "en-pt-BR", "a", "b"], r"--pair en-pt-BR: write SOURCE-TARGET .* such as en-de or en-pt_BR"),
+        ({}, ["--pair", "en-de"], r"no files given: pairs come from two files"),
         ({}, ["--pair"], r"--pair : write SOURCE-TARGET with the two languages"),
         ({}, ["--pair", "a-d<", "a", "b", "--pair", "a-c", "a", "b"], r"'d<' is no language name"),
         ({"a": b"x\n", "b": b"y\n"}, ["--train", "a", "b", "--both-directions"], r"which languages .* give --pair"),

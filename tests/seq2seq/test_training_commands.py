@@ -21,10 +21,11 @@ from core_flax.sharding import make_mesh, replicated
 from core_flax.types import UserError
 from seq2seq_flax import numbers
 from seq2seq_flax.architectures import make_model
+from seq2seq_flax.batches import PairBatches
 from seq2seq_flax.cli import main
 from seq2seq_flax.decode import room_for, translate
 from seq2seq_flax.evaluate import score
-from seq2seq_flax.runs import load_run
+from seq2seq_flax.runs import load_run, open_data
 
 TINY = {
     "model.num-layers": 1,
@@ -186,6 +187,11 @@ def test_number_words_are_learned_from_nothing(call, monkeypatch, tmp_path):
     trained, held_out = ((tmp_path / f"numbers.{split}.de").read_text().split() for split in ("train", "held_out"))
     assert len(trained) == 160 and len(held_out) == 8 and not set(trained) & set(held_out)
     assert {"einundzwanzig", "zwölf"} <= set(trained)
+    run, tokenizer = load_run(tmp_path)
+    pairs = PairBatches(open_data(run.data)[0], run.config.inputs, run.config.train.batch_size, tokenizer.bos_id)
+    padding = pairs.share_of_padding(run.config.seed, pairs.steps_per_epoch)
+    rows = f"steps of {pairs.num_rows} rows of {pairs.capacity[0]} + {pairs.capacity[1]} tokens"
+    assert f"{rows}, {padding:.0%} of them padding\n" in done.stdout
     again = call("evaluate", "--workdir", tmp_path)
     assert again.returncode == 0 and "of 8 numbers" in again.stdout and "held out, step 2: loss" in again.stdout
 
@@ -300,6 +306,7 @@ def test_references_that_cannot_be(refuse, text, finished, tmp_path, content, me
         (("--hypotheses", "file"), "--reference must be given"),
         (("--hypotheses", "a", "--reference", "b", "--target-lang", "de"), "--target-lang is about a model"),
         (("--workdir", "run", "--beam-size", "0"), "--beam-size 0: must be 1 or more"),
+        (("--workdir", "run", "--length-penalty", "nan"), "--length-penalty nan: must be -10 or more"),
         (("--workdir", "nowhere"), "nowhere is no folder"),
         (("--workdir", "run", "--tokenize", "words"), "words"),
         (("--workdir", "run", "--output", "file"), "--output is about translations: it goes with --input and"),
@@ -327,10 +334,11 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_translated(call, 
 
 
 @pytest.mark.parametrize("size", [5, 4])
-def test_a_search_where_nothing_is_translated(refuse, finished, size):
-    """Be it the search that there is anyway."""
-    line = refuse("evaluate", "--workdir", finished, "--beam-size", size)
-    assert "--beam-size is about translations: it goes with --input and --reference" in line
+def test_a_search_where_nothing_is_translated(call, finished, size):
+    """Be it the search that there is anyway; before anything is measured."""
+    done = call("evaluate", "--workdir", finished, "--beam-size", size)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--beam-size is about translations: it goes with --input and --reference" in done.stderr
 
 
 def test_languages(refuse, text, finished, tmp_path):

@@ -236,7 +236,7 @@ def test_a_line_longer_than_the_model_takes(call, translator, tmp_path):
     assert err.count("\n") == 1
     status, out, err = call("translate", input=path, long="split")
     assert status == 0 and f"{path}:2 is translated in " in err
-    assert "1 lines were longer than the model takes: translated in pieces" in err
+    assert "lines longer than the model takes, translated in pieces: 1\n" in err
     (whole,) = translator.encode([("here", LONG)], translator.language_prefix("ne"), "split")
     assert max(map(len, whole.pieces)) <= ROW_LENGTH
     read = " ".join(translator.tokenizer.decode(piece) for piece in whole.pieces)
