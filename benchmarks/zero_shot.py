@@ -53,6 +53,7 @@ class Study:
       bare: whether the first is trained without copies as well.
       prepare: options of seq2seq-flax prepare.
       preset: what is trained.
+      steps: of each model.
       train: options beside the preset's.
       metric: how a translation is scored.
     """
@@ -65,6 +66,7 @@ class Study:
     bare: bool
     prepare: tuple[str, ...]
     preset: str
+    steps: int
     train: tuple[str, ...]
     metric: str
 
@@ -79,9 +81,10 @@ STUDIES = {
         bare=True,
         prepare=("--vocab-size", "600", "--character-coverage", "1.0"),
         preset="numbers_demo",
+        steps=3000,
         train=(
-            *("--train.num-steps", "3000", "--train.batch-size", "32", "--model.dropout", "0.2"),
-            *("--model.attention-dropout", "0.1", "--inputs.label-smoothing", "0.1"),
+            *("--train.batch-size", "32", "--model.dropout", "0.2", "--model.attention-dropout", "0.1"),
+            *("--inputs.label-smoothing", "0.1"),
             *("--checkpoint.every-minutes", "0"),  # what is averaged must not depend on the machine's speed
         ),
         metric="exact match",
@@ -95,7 +98,8 @@ STUDIES = {
         bare=False,
         prepare=("--vocab-size", "12000", "--character-coverage", "1.0"),
         preset="transformer_tiny",
-        train=("--train.num-steps", "6000", "--train.batch-size", "32", "--checkpoint.every-minutes", "0"),
+        steps=6000,
+        train=("--train.batch-size", "32", "--checkpoint.every-minutes", "0"),
         metric="BLEU",
     ),
 }
@@ -155,8 +159,8 @@ def model(
         words += ["--pair", pair, files(options, source)[0], files(options, target)[0]]
     data, preparation = runs.prepared(options.workdir / f"data_{name}", *words)
     workdir = options.workdir / f"{name}_{options.seed}"
-    recipe = [*study.train, "--seed", str(options.seed), "--checkpoint.keep-last", str(max(10, options.last))]
-    recipe += ["--train.num-steps", str(options.steps)] if options.steps else []
+    recipe = ["--train.num-steps", str(options.steps or study.steps), *study.train, "--seed", str(options.seed)]
+    recipe += ["--checkpoint.keep-last", str(max(10, options.last))]
     facts = runs.trained(workdir, study.preset, data, recipe, options.last)
     return workdir / f"averaged-{options.last}", facts | {"preparation": preparation}
 
