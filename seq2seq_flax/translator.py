@@ -112,7 +112,7 @@ class Translator:
         """Texts, each with where it is from, as tokens; ``long`` is that of TranslateCommand, or "never" to split.
 
         Raises:
-          UserError: a text is longer than the model takes, and that is to be refused.
+          UserError: a text is longer than the model takes, and that is to be refused or has no parts.
         """
         room = self.max_length - len(prefix) - 1
         lines = []
@@ -126,6 +126,10 @@ class Translator:
                         f"{self.name} takes; shorten it{or_split}"
                     )
                 parts = self.tokenizer.encode(pieces_of(text, lambda x: len(self.tokenizer.encode([x])[0]) <= room))
+                if max(map(len, parts)) > room:
+                    raise UserError(
+                        f"{where} has a character that is more tokens than the {self.max_length} that {self.name} takes"
+                    )
             lines.append(Line(where, tuple((*prefix, *part, self.tokenizer.eos_id) for part in parts)))
         return lines
 

@@ -1,5 +1,6 @@
 """``translate`` on a small model of random weights: every line once and in its place, whatever the batch."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -239,6 +240,9 @@ def test_a_line_longer_than_the_model_takes(call, translator, tmp_path):
     assert "lines longer than the model takes, translated in pieces: 1\n" in err
     (whole,) = translator.encode([("here", LONG)], translator.language_prefix("ne"), "split")
     assert max(map(len, whole.pieces)) <= ROW_LENGTH
+    narrow = dataclasses.replace(translator, max_length=6)
+    with pytest.raises(UserError, match="here has a character that is more tokens than the 6 that the run in"):
+        narrow.encode([("here", "the \ufdfa")], translator.language_prefix("ne"), "split")  # a phrase in one character
     read = " ".join(translator.tokenizer.decode(piece) for piece in whole.pieces)
     assert read.replace(" ", "") == translator.tokenizer.decode(translator.tokenizer.encode([LONG])[0]).replace(" ", "")
 
