@@ -9,7 +9,7 @@ multi30k: raw text. It learns German <-> English and English <-> French; asked f
 Which language to write is told by a piece before the source, so the question can be asked. The models learn to copy
 each language, too (prepare --copies). Beside the answer stand:
 
-- *without copies*, of number words: a model that learns the same pairs and nothing else.
+- *without copies*: a model that learns the same pairs and nothing else.
 - *without a bridge*: a model of the same size, for as many steps, that has met both languages and both pieces too, and
   copies them, but never each other's pairs nor English: it learns Japanese <-> German and Korean <-> French (multi30k:
   German <-> Czech and French <-> English). What it knows of the direction it can only know from the pieces.
@@ -50,7 +50,6 @@ class Study:
       bridge: the language in between.
       bridged: pairs of languages of the model that can, both directions of each trained on.
       bridgeless: those of the model that cannot.
-      bare: whether the first is trained without copies as well.
       prepare: options of seq2seq-flax prepare.
       preset: what is trained.
       steps: of each model.
@@ -63,7 +62,6 @@ class Study:
     bridge: str
     bridged: tuple[str, ...]
     bridgeless: tuple[str, ...]
-    bare: bool
     prepare: tuple[str, ...]
     preset: str
     steps: int
@@ -78,7 +76,6 @@ STUDIES = {
         bridge="en",
         bridged=("en-ja", "en-ko"),
         bridgeless=("de-ja", "fr-ko"),
-        bare=True,
         prepare=("--vocab-size", "600", "--character-coverage", "1.0"),
         preset="numbers_demo",
         steps=3000,
@@ -95,7 +92,6 @@ STUDIES = {
         bridge="en",
         bridged=("en-de", "en-fr"),
         bridgeless=("cs-de", "en-fr"),
-        bare=False,
         prepare=("--vocab-size", "12000", "--character-coverage", "1.0"),
         preset="transformer_tiny",
         steps=6000,
@@ -208,9 +204,8 @@ def run(options: argparse.Namespace, study: Study) -> None:
     if not options.no_baseline:
         bridgeless, training["bridgeless"] = model(options, study, "bridgeless", study.bridgeless)
         found["without a bridge"] = translate(bridgeless, test[source], target, f"{source}_{target}")
-    if study.bare:
-        bare, training["bare"] = model(options, study, "bare", study.bridged, copies=False)
-        found["without copies"] = translate(bare, test[source], target, f"{source}_{target}")
+    bare, training["bare"] = model(options, study, "bare", study.bridged, copies=False)
+    found["without copies"] = translate(bare, test[source], target, f"{source}_{target}")
     found = {name: scored(study, lines(path), lines(test[target])) for name, path in found.items()}
     for pair in study.bridged:
         for before, after in (pair.split("-"), pair.split("-")[::-1]):
@@ -264,9 +259,8 @@ def page(figures: dict[str, Any]) -> str:
             about += f""" *Without a bridge* is a model of the same size, trained for as many steps on {bridgeless},
                 with copies: it has met the source language, the target language and its piece, but no language in
                 common with both."""
-        if "bare" in each["training"]:
-            about += " *Without copies* is the model if it learns its pairs alone."
-        about += f""" The pairs of both languages with {each["bridge"]} share its sentences. Scored are
+        about += f""" *Without copies* is the model if it learns its pairs alone. The pairs of both languages with
+            {each["bridge"]} share its sentences. Scored are
             {each["sentences"]} that were not trained on in any language; {" ".join(each["search"])}, one seed."""
         text += [textwrap.fill(" ".join(about.split()), 116, break_on_hyphens=False), ""]
         for name, facts in each["training"].items():

@@ -127,12 +127,12 @@ def test_both_studies_in_one_folder(benchmark, runs, tmp_path, monkeypatch):
     assert {round(each["figure"]) for each in figures["multi30k"]["figures"].values()} == {100}
     assert {each["figure"] for each in figures["numbers"]["figures"].values()} == {0}
     page = (tmp_path / "page.md").read_text()
-    assert page.count(AVERAGE) == 5 and "without copies |" in page
+    assert page.count(AVERAGE) == 6 and page.count("without copies |") == 2
     assert all(f"Scored are {count} that" in " ".join(page.split()) for count in (4, 2))
     trained = [words for words in commands.words if words[0] == "train"]
-    assert len(trained) == 5 and all("--checkpoint.every-minutes" in words for words in trained)
+    assert len(trained) == 6 and all("--checkpoint.every-minutes" in words for words in trained)
     assert sum("--copies" in words for words in commands.words) == 4
-    assert sum(words[0] == "translate" for words in commands.words) == 2 * 7 + 1
+    assert sum(words[0] == "translate" for words in commands.words) == 2 * 8
 
 
 def test_a_study_without_its_baseline(benchmark, runs, tmp_path, monkeypatch):
