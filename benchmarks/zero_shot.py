@@ -260,8 +260,8 @@ def page(figures: dict[str, Any]) -> str:
                 with copies: it has met the source language, the target language and its piece, but no language in
                 common with both."""
         about += f""" *Without copies* is the model if it learns its pairs alone. The pairs of both languages with
-            {each["bridge"]} share its sentences. Scored are
-            {each["sentences"]} that were not trained on in any language; {" ".join(each["search"])}, one seed."""
+            {each["bridge"]} share its sentences. Scored are {each["sentences"]} that were not trained on in any
+            language; {" ".join(each["search"])}, one seed."""
         text += [textwrap.fill(" ".join(about.split()), 116, break_on_hyphens=False), ""]
         for name, facts in each["training"].items():
             text += [f"{name}: {runs.where_from(facts)}; {facts['average']}.", ""]

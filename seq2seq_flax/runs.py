@@ -11,7 +11,7 @@ import jax
 from core_flax import config as configs
 from core_flax import kernels, storage
 from core_flax.cli import settings_of
-from core_flax.distributed import only_run
+from core_flax.distributed import leads, only_run
 from core_flax.loop import train as run_loop
 from core_flax.program import check_settings, make_program
 from core_flax.run import LOCK, Run, busy, holds_run, with_vocabulary
@@ -144,7 +144,8 @@ def train(command: TrainCommand, preset_name: str, given: Collection[str]) -> Ru
         task = make_task(config, store, held_out_of(data), tokenizer, row_multiple)
         program = make_program(task, config)  # refuses what does not fit the devices before anything is written
         run.save(TOKENIZER, tokenizer.save)
-        print(_about_batches(task, config, store), flush=True)
+        if leads():
+            print(_about_batches(task, config, store), flush=True)
         with kernels.explained(command.explain_kernels):
             run_loop(task, config, program, workdir)
     return run
